@@ -1,0 +1,133 @@
+"""The one exception tree: every failure a user can meet, with the exit code that a pipeline sees.
+
+A message says what is wrong, where, what was expected and what was got, and what to do next; `render` puts the parts
+in that order. Names that come out of files pass through `printable`, so that no control character reaches a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """`text` with control, format and other unprintable characters escaped, cut to `limit` characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+class MxconvError(Exception):
+    """A failure with an exit code and the parts of its message."""
+
+    exit_code = EXIT_BUG
+    kind = "error"
+
+    def __init__(
+        self, what: str, *, where: object = None, expected: object = None, got: object = None, hint: str | None = None
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else printable(where)
+        self.expected = None if expected is None else printable(expected)
+        self.got = None if got is None else printable(got)
+        self.hint = hint
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """One line (two with a hint): `where: what (expected …, got …)`."""
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        facts = [f"{word} {value}" for word, value in (("expected", self.expected), ("got", self.got)) if value is not None]
+        line = f"{head} ({', '.join(facts)})" if facts else head
+        return f"{line}\nhint: {self.hint}" if self.hint else line
+
+
+class UsageError(MxconvError):
+    """The request cannot be met as asked: an option, a TP size, a layout that cannot hold this model."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class MalformedInput(MxconvError):
+    """The input is not what it claims to be, contradicts itself, or asks for something not implemented."""
+
+    exit_code = 3
+    kind = "malformed input"
+
+
+class IncompleteInput(MxconvError):
+    """A part of the input is missing."""
+
+    exit_code = 4
+    kind = "incomplete input"
+
+
+class OutputConflict(MxconvError):
+    """The output place is taken: by another plan, another writer, or a finished artifact."""
+
+    exit_code = 5
+    kind = "output conflict"
+
+
+class ResourceError(MxconvError):
+    """Disk, memory or an input/output operation gave out; the run can be resumed."""
+
+    exit_code = 6
+    kind = "resource"
+
+
+class NumericError(MxconvError):
+    """NaN, infinity or overflow in the numbers."""
+
+    exit_code = 7
+    kind = "numeric"
+
+
+class IntegrityError(MxconvError):
+    """Bytes or results are not what they must be: corruption, a changed source, a failed verification."""
+
+    exit_code = 8
+    kind = "integrity"
+
+
+class Interrupted(MxconvError):
+    """SIGINT (130) or SIGTERM (143) ended the run; it can be resumed."""
+
+    kind = "interrupted"
+
+    def __init__(self, what: str, *, exit_code: int = EXIT_SIGINT, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.exit_code = exit_code
+
+
+# Problems of several kinds are reported together; the exit code is the first of these that is present.
+PRECEDENCE = (3, 4, 7, 2, 8, 6, 5, 1)
+
+
+class Problems(MxconvError):
+    """Several failures found in one look, all listed; the exit code follows `PRECEDENCE`."""
+
+    kind = "problems"
+
+    def __init__(self, problems: Sequence[MxconvError]) -> None:
+        self.problems = tuple(problems)
+        codes = {problem.exit_code for problem in self.problems}
+        self.exit_code = next((code for code in PRECEDENCE if code in codes), EXIT_BUG)
+        super().__init__(f"{len(self.problems)} problems")
+
+    def render(self) -> str:
+        """All problems, those of the deciding kind first."""
+        first = sorted(self.problems, key=lambda problem: PRECEDENCE.index(problem.exit_code))
+        return "\n".join([f"{len(first)} problems:", *(f"  - {problem.render()}".replace("\n", "\n    ") for problem in first)])
+
+
+def raise_all(problems: Iterable[MxconvError]) -> None:
+    """Raise nothing, the only problem, or `Problems` of them all."""
+    found = list(problems)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise Problems(found)
