@@ -1,0 +1,255 @@
+"""Reading a checkpoint folder: its index, its shards' headers, and how the two agree."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mxconv.checkpoint.files import ReadFile, check_inside, read_file
+from mxconv.checkpoint.stored import Shards, StoredFile, StoredTensor
+from mxconv.config import read_json
+from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_LISTED = 20
+_READERS = 8
+
+
+@dataclass(slots=True)
+class _Finds:
+    """What one look at a folder collects."""
+
+    problems: list[MxconvError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def each(self, names: Iterable[str], problem: type[MxconvError], what: str, where: Path) -> None:
+        """One problem a name, `what` with the name in it; after `MAX_LISTED` a line with their number."""
+        listed = sorted(names)
+        self.problems += [problem(what.format(printable(name)), where=where) for name in listed[:MAX_LISTED]]
+        if len(listed) > MAX_LISTED:
+            self.problems.append(problem(what.format(f"… and {len(listed) - MAX_LISTED} more"), where=where))
+
+
+def path_problem(value: object) -> str | None:
+    """Why `value` is no acceptable file path of a weight_map, None when it is one: relative, forward, inside the folder."""
+    if not isinstance(value, str) or not value:
+        return "is no file name"
+    if len(value.encode("utf-8", "surrogatepass")) > 1024 or not value.isprintable():
+        return "is too long or holds control characters"
+    if value.startswith(("/", "~")) or re.match(r"[A-Za-z]:", value):
+        return "is an absolute path"
+    if "\\" in value or any(part in ("", ".", "..") for part in value.split("/")):
+        return "is not a plain path inside the folder"
+    return None
+
+
+def _read_index(folder: Path, root: Path, finds: _Finds) -> tuple[dict[str, str], Mapping[str, Any]]:
+    """weight_map and metadata of the index; entries that are wrong are reported and left out."""
+    path = folder / INDEX_NAME
+    try:
+        check_inside(root, path)
+        raw = read_json(path)
+    except MxconvError as error:
+        finds.problems.append(error)
+        return {}, MappingProxyType({})
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    metadata = raw.get("metadata", {}) if isinstance(raw, dict) else {}
+    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
+        finds.problems.append(MalformedInput("index is not {metadata: {…}, weight_map: {tensor: file}}", where=path))
+        return {}, MappingProxyType({})
+    if not weight_map:
+        finds.problems.append(IncompleteInput("index names no tensor", where=path))
+    good, bad = {}, []
+    reasons = {file: path_problem(file) for file in weight_map.values() if isinstance(file, str)}
+    for name, file in weight_map.items():
+        if not name.isprintable():
+            bad.append((name, "", "a tensor name holds control or escape characters"))
+        elif reason := reasons[file] if isinstance(file, str) else path_problem(file):
+            bad.append((name, file, f"weight_map: the file of tensor {name!r} {reason}"))
+        else:
+            good[name] = file
+    for name, file, what in bad[:MAX_LISTED]:
+        finds.problems.append(MalformedInput(printable(what), where=path, got=repr(file) if file != "" else repr(name)))
+    if len(bad) > MAX_LISTED:
+        finds.problems.append(MalformedInput(f"{len(bad) - MAX_LISTED} more weight_map entries are wrong", where=path))
+    return good, MappingProxyType(metadata)
+
+
+def _read_files(folder: Path, root: Path, names: list[str]) -> list[ReadFile | None]:
+    if len(names) < _READERS:
+        return [read_file(folder, root, name) for name in names]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda name: read_file(folder, root, name), names))
+
+
+def _collect(
+    names: list[str], read: list[ReadFile | None], finds: _Finds
+) -> tuple[list[StoredFile], dict[str, StoredTensor], dict[str, str]]:
+    """Files, tensors and the file of each tensor; a tensor in two files is a problem."""
+    files: list[StoredFile] = []
+    tensors: dict[str, StoredTensor] = {}
+    holder: dict[str, str] = {}
+    for name, result in zip(names, read, strict=True):
+        if result is None:
+            continue
+        finds.problems += result.problems
+        if result.file is None:
+            continue
+        for entry in result.entries:
+            if entry.name in holder:
+                what = f"tensor {printable(repr(entry.name))} is in two shards"
+                finds.problems.append(MalformedInput(what, where=result.file.path, got=f"also in {holder[entry.name]}"))
+                continue
+            holder[entry.name] = name
+            tensors[entry.name] = StoredTensor(
+                name=entry.name, dtype=entry.dtype, shape=entry.shape, file=len(files), offset=result.data_start + entry.begin
+            )
+        files.append(result.file)
+    return files, tensors, holder
+
+
+def _compare(
+    folder: Path, index: Mapping[str, str], usable: set[str], missing: list[str], holder: Mapping[str, str], finds: _Finds
+) -> None:
+    """Index against headers. Tensors of files that could not be read are not reported again one by one."""
+    counts = Counter(index.values())
+    for name in missing:
+        finds.problems.append(
+            IncompleteInput(
+                f"shard is missing: the index puts {counts[name]} tensors into it", where=folder / name, hint="download the file"
+            )
+        )
+    absent: dict[str, list[str]] = {}
+    for tensor, file in index.items():
+        if file in usable and holder.get(tensor) != file:
+            absent.setdefault(file, []).append(tensor)
+    for file, tensors in sorted(absent.items()):
+        finds.each(tensors, IncompleteInput, "tensor {} is not in the shard that the index names", folder / file)
+    extra: dict[str, list[str]] = {}
+    for tensor, file in holder.items():
+        if tensor not in index:
+            extra.setdefault(file, []).append(tensor)
+    for file, tensors in sorted(extra.items()):
+        finds.each(tensors, IncompleteInput, "tensor {} is in the shard but not in the index", folder / file)
+
+
+def _listing(folder: Path, finds: _Finds) -> list[str] | None:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        finds.problems.append(IncompleteInput("folder is missing", where=folder))
+    except NotADirectoryError:
+        finds.problems.append(MalformedInput("not a folder", where=folder, hint="give the folder of a Hugging Face checkpoint"))
+    except OSError as error:
+        finds.problems.append(IncompleteInput(f"folder cannot be read: {error.strerror}", where=folder))
+    return None
+
+
+def _nothing_to_read(folder: Path, names: list[str]) -> MxconvError:
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    loose = [name for name in names if name.endswith(".safetensors")]
+    if loose:
+        return IncompleteInput(
+            f"{len(loose)} safetensors files but no {INDEX_NAME} and no {SINGLE_NAME}", where=folder, got=loose[0]
+        )
+    if pickles:
+        return MalformedInput(
+            "the weights are pickle files only; they are never unpickled", where=folder, got=pickles[0],
+            hint="convert them to safetensors where you trust them (for instance with save_pretrained)",
+        )  # fmt: skip
+    return IncompleteInput(
+        f"neither {INDEX_NAME} nor {SINGLE_NAME}", where=folder, hint="give the folder of a Hugging Face checkpoint"
+    )
+
+
+def _note_ignored(names: list[str], used: set[str], finds: _Finds) -> None:
+    for name in names:
+        if name.endswith(PICKLE_SUFFIXES) and name not in used:
+            finds.notes.append(f"{printable(name)}: ignored, pickle files are never unpickled")
+        elif name.endswith(".py"):
+            finds.notes.append(f"{printable(name)}: ignored, code in a checkpoint is never imported")
+        elif name.endswith(".safetensors") and name not in used:
+            finds.notes.append(f"{printable(name)}: ignored, the index does not name it")
+
+
+def read_shards(folder: Path) -> Shards:
+    """The shards of `folder`: `model.safetensors.index.json` and what it names, or a single `model.safetensors`.
+
+    Only headers are read. Nothing is raised for bad input: see `Shards.problems` and `Shards.require`. Source of the format:
+    huggingface/safetensors; of the index: transformers' `save_pretrained`.
+    """
+    folder = Path(folder)
+    finds = _Finds()
+    listing = _listing(folder, finds)
+    if listing is None:
+        return _shards(folder, [], {}, None, MappingProxyType({}), finds, present=False)
+    root = Path(os.path.realpath(folder))
+    index: dict[str, str] | None = None
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    if INDEX_NAME in listing:
+        index, metadata = _read_index(folder, root, finds)
+        names = sorted(set(index.values()))
+    elif SINGLE_NAME in listing:
+        names = [SINGLE_NAME]
+    else:
+        finds.problems.append(_nothing_to_read(folder, listing))
+        names = []
+    _note_ignored(listing, set(names), finds)
+    read = _read_files(folder, root, names)
+    files, tensors, holder = _collect(names, read, finds)
+    missing = [name for name, result in zip(names, read, strict=True) if result is None]
+    present = len(missing) < len(names)
+    if index is not None and present:
+        usable = {file.relative for file, result in ((r.file, r) for r in read if r) if file is not None and not result.problems}
+        _compare(folder, index, usable, missing, holder, finds)
+        total = sum(tensor.size_bytes for tensor in tensors.values())
+        stated = metadata.get("total_size")
+        if not finds.problems and stated is not None and stated != total:
+            finds.notes.append(f"index says total_size {printable(stated)}, the shards hold {total} bytes of tensors")
+    return _shards(folder, files, tensors, index, metadata, finds, present=present)
+
+
+def _shards(
+    folder: Path, files: list[StoredFile], tensors: dict[str, StoredTensor], index: dict[str, str] | None,
+    metadata: Mapping[str, Any], finds: _Finds, *, present: bool,
+) -> Shards:  # fmt: skip
+    return Shards(
+        folder=folder, files=tuple(files), tensors=MappingProxyType(tensors),
+        index=None if index is None else MappingProxyType(index), index_metadata=metadata,
+        problems=tuple(finds.problems), notes=tuple(finds.notes), present=present,
+    )  # fmt: skip
+
+
+def rank_folders(root: Path) -> tuple[Path, ...]:
+    """`rank0`, `rank1` … of an artifact in order; () when there are none.
+
+    Raises MalformedInput when a name that begins with `rank` is no such folder (a consumer counts those names to learn the
+    TP size), IncompleteInput when a number is missing.
+    """
+    root = Path(root)
+    found: dict[int, Path] = {}
+    try:
+        names = sorted(name for name in os.listdir(root) if name.startswith("rank"))
+    except OSError:
+        return ()
+    for name in names:
+        path = root / name
+        if not path.is_dir():
+            continue
+        number = re.fullmatch(r"rank(0|[1-9]\d{0,5})", name)
+        if number is None or path.is_symlink():
+            raise MalformedInput("is no rank folder of an artifact", where=path, expected="rank0, rank1 …, no links")
+        found[int(number.group(1))] = path
+    missing = sorted(set(range(len(found))) - set(found))
+    if missing:
+        raise IncompleteInput(f"rank folder rank{missing[0]} is missing", where=root, got=", ".join(p.name for p in found.values()))
+    return tuple(found[i] for i in range(len(found)))
