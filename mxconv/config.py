@@ -372,10 +372,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return keys
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in the regular file `path`, at most 256 MiB, without duplicate keys.
+def read_regular(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of the regular file `path`, at most `limit_bytes`; a FIFO or a device is not waited for.
 
-    Raises IncompleteInput when it is absent, MalformedInput when it is no such file or no such JSON.
+    Raises IncompleteInput when it is absent, MalformedInput when it is no such file.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -387,9 +387,17 @@ def read_json(path: Path) -> Any:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise MalformedInput("not a regular file", where=path)
-        if info.st_size > MAX_JSON_BYTES:
-            raise MalformedInput("JSON file is too large", where=path, expected=f"at most {MAX_JSON_BYTES} bytes", got=info.st_size)
-        text = file.read()
+        if info.st_size > limit_bytes:
+            raise MalformedInput("file is too large", where=path, expected=f"at most {limit_bytes} bytes", got=info.st_size)
+        return file.read()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in the regular file `path`, at most 256 MiB, without duplicate keys.
+
+    Raises IncompleteInput when it is absent, MalformedInput when it is no such file or no such JSON.
+    """
+    text = read_regular(path)
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except RecursionError:

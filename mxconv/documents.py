@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from mxconv.errors import EXIT_BUG, MxconvError, Problems, printable
+from mxconv.errors import MxconvError, Problems, printable
 
 SCHEMA_VERSION = 1
 
