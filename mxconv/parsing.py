@@ -146,16 +146,13 @@ def flag(value: Any) -> bool:
 def limits(value: Any) -> Mapping[str, float]:
     """Named limits: a table, or NAME=NUMBER texts (a list, or one text with spaces between)."""
     expected = "NAME=NUMBER with a finite number of at least 0"
-    if isinstance(value, Mapping):
-        pairs = list(value.items())
-    else:
-        pairs = [tuple(part.split("=", 1)) for part in words(value)]
+    pairs = value.items() if isinstance(value, Mapping) else [part.partition("=")[::2] for part in words(value)]
     found: dict[str, float] = {}
-    for pair in pairs:
-        number = _finite(pair[1]) if len(pair) == 2 else None
-        if number is None or number < 0 or not isinstance(pair[0], str) or not WORD.fullmatch(pair[0]):
-            raise Rejected(expected, "=".join(map(str, pair)))
-        found[pair[0]] = number
+    for name, stated in pairs:
+        number = _finite(stated)
+        if number is None or number < 0 or not isinstance(name, str) or not WORD.fullmatch(name):
+            raise Rejected(expected, f"{name}={stated}")
+        found[name] = number
     return MappingProxyType(found)
 
 

@@ -208,7 +208,8 @@ def _read_file(named: Any, cwd: Path, command: str | None) -> tuple[list[_Place]
     try:
         content = tomllib.loads(read_regular(path, MAX_FILE_BYTES).decode("utf-8"))
     except MxconvError as error:
-        raise UsageError(f"settings {error.what}", where=path, expected=error.expected, got=error.got) from None
+        what = f"settings file cannot be used: {error.what}"
+        raise UsageError(what, where=path, expected=error.expected, got=error.got) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"settings file is not TOML: {printable(error)}", where=path) from None
     top = {key: value for key, value in content.items() if key not in COMMANDS}
