@@ -62,7 +62,7 @@ class _Wrong(Exception):
         super().__init__(what)
 
     def at(self, where: str, tensor: str | None = None) -> MalformedInput:
-        subject = "" if tensor is None else f"tensor {printable(repr(tensor), 160)}: "
+        subject = "" if tensor in (None, "__metadata__") else f"tensor {printable(repr(tensor), 160)}: "
         return MalformedInput(subject + self.what, where=where, expected=self.expected, got=self.got)
 
 

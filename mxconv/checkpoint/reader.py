@@ -6,34 +6,18 @@ import errno
 import math
 import os
 import stat
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mxconv.checkpoint.boxes import Bytes, ShortRead, read_box
+from mxconv.checkpoint.descriptors import MAX_OPEN_FILES, Descriptors
 from mxconv.checkpoint.files import OPEN_FLAGS
 from mxconv.checkpoint.stored import Shards, StoredFile, StoredTensor
 from mxconv.errors import IntegrityError, MxconvError, ResourceError
 from mxconv.tensors import DTYPE_BYTES, Box, box_shape, whole
-
-MAX_OPEN_FILES = 64
-PIECE_BYTES = 64 << 20  # a signal is noticed between two of these
-WINDOW_BYTES = 4 << 20  # scratch for boxes whose runs lie close together
-GAP_BYTES = 32 << 10  # a gap up to this size is cheaper to read than to seek over (a pread costs what ~30 KB of copying costs)
-
-Bytes = NDArray[np.uint8]
-
-
-class _OpenFile:
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd, self.users = fd, 0
 
 
 class ByteReader:
@@ -41,9 +25,7 @@ class ByteReader:
 
     def __init__(self, shards: Shards, *, max_open: int = MAX_OPEN_FILES) -> None:
         self._files = shards.files
-        self._max_open = max_open
-        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._descriptors = Descriptors(lambda number: _open_same(self._files[number]), max_open=max_open)
 
     def __enter__(self) -> Self:
         return self
@@ -53,8 +35,7 @@ class ByteReader:
 
     def close(self) -> None:
         """Close every file that no thread is reading."""
-        with self._lock:
-            self._evict(0)
+        self._descriptors.close()
 
     def read(self, tensor: StoredTensor, box: Box | None = None, *, out: Bytes | None = None) -> Bytes:
         """The C-contiguous bytes (uint8, 1-D) of `box` of `tensor`, all of it by default.
@@ -66,13 +47,18 @@ class ByteReader:
         itemsize = DTYPE_BYTES[tensor.dtype]
         box = whole(tensor.shape) if box is None else box
         _check_box(tensor, box)
-        shape = (*box_shape(box), itemsize)
-        filled = np.empty(shape, dtype=np.uint8) if out is None else out.reshape(shape)
-        if filled.size:
+        size = math.prod(box_shape(box)) * itemsize
+        filled = np.empty(size, dtype=np.uint8) if out is None else out.reshape(size)
+        if size:
             file = self._files[tensor.file]
-            with self._descriptor(tensor.file) as fd:
-                _read_box(_Source(fd, file), tensor.offset, (*tensor.shape, itemsize), (*box, (0, itemsize)), filled)
-        return filled.reshape(-1)
+            with self._descriptors.use(tensor.file) as fd:
+                try:
+                    read_box(fd, tensor.offset, tensor.shape, box, itemsize, filled)
+                except ShortRead as short:
+                    raise _changed(file, f"it ends at byte {short.args[0]}") from None
+                except OSError as error:
+                    raise _read_error(file, error) from None
+        return filled
 
     def check_unchanged(self, files: Iterable[int] | None = None) -> None:
         """Raise IntegrityError when size, mtime or inode of a file (of `files`, or of all) moved since its header was read."""
@@ -85,28 +71,6 @@ class ByteReader:
             except OSError as error:
                 raise ResourceError(f"cannot look at the file: {error.strerror}", where=file.path) from None
             _check_same(file, info)
-
-    @contextmanager
-    def _descriptor(self, index: int) -> Iterator[int]:
-        with self._lock:
-            entry = self._open.get(index)
-            if entry is None:
-                entry = self._open[index] = _OpenFile(_open_same(self._files[index]))
-            self._open.move_to_end(index)
-            entry.users += 1
-            self._evict(self._max_open)
-        try:
-            yield entry.fd
-        finally:
-            with self._lock:
-                entry.users -= 1
-
-    def _evict(self, keep: int) -> None:
-        for index in list(self._open):
-            if len(self._open) <= keep:
-                return
-            if self._open[index].users == 0:
-                os.close(self._open.pop(index).fd)
 
 
 def _check_box(tensor: StoredTensor, box: Box) -> None:
@@ -148,49 +112,3 @@ def _open_same(file: StoredFile) -> int:
 def _read_error(file: StoredFile, error: OSError) -> ResourceError:
     what = "the disk cannot read the file (input/output error)" if error.errno == errno.EIO else f"cannot read: {error.strerror}"
     return ResourceError(what, where=file.path, hint="check the disk, then run again with --resume")
-
-
-class _Source:
-    """One open file: `fill` reads exactly as many bytes as a buffer holds."""
-
-    __slots__ = ("fd", "file")
-
-    def __init__(self, fd: int, file: StoredFile) -> None:
-        self.fd, self.file = fd, file
-
-    def fill(self, out: Bytes, offset: int) -> None:
-        view = out.reshape(-1).data
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self.fd, [view[done : done + PIECE_BYTES]], offset + done)
-            except OSError as error:
-                raise _read_error(self.file, error) from None
-            if got == 0:
-                raise _changed(self.file, f"it ends at byte {offset + done}")
-            done += got
-
-
-def _read_box(source: _Source, offset: int, shape: Sequence[int], box: Box, out: Bytes) -> None:
-    """Fill `out` (its shape is the box's) from the C-contiguous tensor of `shape` at byte `offset`.
-
-    The last axis of all is the bytes of an element. Rows that lie close together are read with what is between them, in windows.
-    """
-    start, stop = box[0]
-    inner = shape[1:]
-    row_bytes = math.prod(inner)
-    offset += start * row_bytes
-    if all(part == (0, n) for part, n in zip(box[1:], inner, strict=True)):
-        source.fill(out, offset)
-        return
-    if row_bytes <= WINDOW_BYTES and row_bytes - math.prod(out.shape[1:]) <= GAP_BYTES:
-        step = WINDOW_BYTES // row_bytes
-        scratch = np.empty((min(step, stop - start), *inner), dtype=np.uint8)
-        cut = (slice(None), *(slice(a, b) for a, b in box[1:]))
-        for first in range(0, stop - start, step):
-            rows = min(step, stop - start - first)
-            source.fill(scratch[:rows], offset + first * row_bytes)
-            out[first : first + rows] = scratch[:rows][cut]
-        return
-    for row in range(stop - start):
-        _read_box(source, offset + row * row_bytes, inner, box[1:], out[row])
