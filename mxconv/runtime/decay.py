@@ -1,0 +1,99 @@
+"""Decay rates that a checkpoint or artifact stores, held against the formula (formats.md §1, "Reading minimax").
+
+transformers saves four buffers for each lightning layer of s [heads]: `slope_rate` s, `query_decay` e^(-s·j) and `key_decay`
+e^(-s(m-j)) for j = 1 … m, `diagonal_decay` e^(-s(i-j)) for i ≥ j and 0 above. Models trained with transformers' own slopes
+differ from the original formula, which would change every logit silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mxconv.errors import MalformedInput
+
+BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+
+# bf16 saves and transformers' own layer factor stay inside these; wrong slopes are up to .9 off.
+FACTOR_TOLERANCE = 4e-3
+RATE_TOLERANCE = (4e-3, 2e-5)
+
+
+def buffer_shapes(heads: int, block: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each buffer for blocks of `block` tokens."""
+    return {
+        "slope_rate": (heads, 1, 1), "query_decay": (heads, block, 1), "key_decay": (heads, block, 1),
+        "diagonal_decay": (1, heads, block, block),
+    }  # fmt: skip
+
+
+def _expected(name: str, rates: Tensor, block: int) -> Tensor:
+    s = rates[:, None, None]
+    j = torch.arange(1, block + 1, dtype=torch.float64)[:, None]
+    gap = j - j.T
+    factor = {
+        "slope_rate": lambda: s,
+        "query_decay": lambda: torch.exp(-s * j),
+        "key_decay": lambda: torch.exp(-s * (block - j)),
+        "diagonal_decay": lambda: torch.where(gap >= 0, torch.exp(-s * gap.clamp(min=0)), 0.0)[None],
+    }
+    return factor[name]()
+
+
+def _follows(name: str, stored: Tensor, rates: Tensor, block: int) -> bool:
+    """Whether a stored buffer is the one of `rates`; NaN follows nothing."""
+    expected = _expected(name, rates, block)
+    relative, absolute = RATE_TOLERANCE if name == "slope_rate" else (0.0, FACTOR_TOLERANCE)
+    return bool((stored.to(torch.float64) - expected).abs().le(relative * expected.abs() + absolute).all())
+
+
+def compare(
+    buffers: Mapping[str, Tensor], rates: Sequence[float], *, layer: int, block: int, keep: bool
+) -> Sequence[float] | None:
+    """None when the stored `buffers` of `layer` follow the formula's `rates`; the stored rates when they do not and `keep` is set.
+
+    Raises MalformedInput when they differ and `keep` is not set, and when they contradict each other.
+    """
+    formula = torch.tensor(rates, dtype=torch.float64)
+    differing = [name for name, stored in buffers.items() if not _follows(name, stored, formula, block)]
+    if not differing:
+        return None
+    where = f"model.layers.{layer}.self_attn.{differing[0]}"
+    if not keep:
+        raise MalformedInput(
+            f"layer {layer}: the stored decay buffers differ from the formula of the original model", where=where,
+            expected=f"slopes of {[round(s, 6) for s in rates[:4]]} …",
+            hint="a checkpoint trained with transformers' own slopes needs --keep-decay (keep_decay=True)",
+        )  # fmt: skip
+    stored = buffers.get("slope_rate")
+    if stored is None or not bool((stored >= 0).all() & stored.isfinite().all()):
+        raise MalformedInput(f"layer {layer}: the stored decay buffers hold no usable slope_rate", where=where)
+    own = stored.flatten().to(torch.float64)
+    wrong = [name for name, values in buffers.items() if not _follows(name, values, own, block)]
+    if wrong:
+        raise MalformedInput(
+            f"layer {layer}: the stored decay buffers contradict each other", where=f"model.layers.{layer}.self_attn.{wrong[0]}",
+            expected="the decay that slope_rate gives",
+        )  # fmt: skip
+    return own.tolist()
+
+
+def block_rates(block: Mapping[str, object], layer: int, heads: int, where: str) -> Sequence[float] | None:
+    """The rates that an artifact's `mxconv` block keeps for `layer` as hex floats, one a head; None when it keeps none."""
+    kept = block.get("slopes")
+    if kept is None:
+        return None
+    if not isinstance(kept, Mapping):
+        raise MalformedInput("mxconv block: slopes is not an object", where=where)
+    values = kept.get(str(layer))
+    if values is None:
+        return None
+    try:
+        rates = [float.fromhex(value) for value in values]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise MalformedInput(f"mxconv block: slopes of layer {layer} are not hex floats", where=where) from None
+    if len(rates) != heads or not all(0.0 <= rate < float("inf") for rate in rates):
+        raise MalformedInput(f"mxconv block: slopes of layer {layer}", where=where, expected=f"{heads} finite rates of at least 0")
+    return rates

@@ -1,0 +1,51 @@
+"""One decoder layer: x = α·r + β·attention(h), then x = α·r + β·feed_forward(h), h = rms(x), r = h under postnorm, else x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxconv.errors import UsageError
+from mxconv.runtime.attention import attend_in_chunks, make_attention
+from mxconv.runtime.batch import Batch
+from mxconv.runtime.cache import Cache
+from mxconv.runtime.linear import Activations
+from mxconv.runtime.loader import Weights
+from mxconv.runtime.moe import FeedForward, Observer
+from mxconv.runtime.norm import rms_norm
+from mxconv.runtime.parallel import Group
+
+
+class DecoderLayer:
+    """Layer `index` with its attention weights widened; experts are kept too, or widened one at a time (`keep=False`)."""
+
+    def __init__(
+        self, weights: Weights, index: int, group: Group, device: torch.device, dtype: torch.dtype, *, keep: bool
+    ) -> None:
+        config = weights.config
+        self.index, self.eps, self.postnorm, self._group = index, config.rms_norm_eps, config.postnorm, group
+        self.attention_factors = config.alpha_beta(index)
+        self.mlp_factors = config.mlp_alpha, config.mlp_beta
+        self.attn_norm = weights.dense(index, "attn_norm", 0, dtype).to(device)
+        self.mlp_norm = weights.dense(index, "mlp_norm", 0, dtype).to(device)
+        self.attention = make_attention(weights, index, group, device, dtype)
+        self.feed_forward = FeedForward(weights, index, group, device, dtype, keep=keep)
+
+    def __call__(
+        self, x: Tensor, batch: Batch, *, cache: Cache | None = None, activations: Activations = "quantized",
+        observer: Observer | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [B, T, H] → [B, T, H]. `observer` needs all of an activation in one place: one rank."""
+        if observer is not None and self._group.size > 1:
+            raise UsageError("expert inputs can be observed at tp 1 only", expected="tp 1", got=f"tp {self._group.size}")
+        h = rms_norm(x, self.attn_norm, self.eps)
+        x = self._add(h if self.postnorm else x, attend_in_chunks(self.attention, h, batch, cache), self.attention_factors)
+        h = rms_norm(x, self.mlp_norm, self.eps)
+        return self._add(h if self.postnorm else x, self.feed_forward(h, batch.mask, activations, observer), self.mlp_factors)
+
+    @staticmethod
+    def _add(residual: Tensor, update: Tensor, factors: tuple[float, float]) -> Tensor:
+        alpha, beta = factors
+        if beta != 1.0:
+            update = update * beta
+        return torch.add(update, residual, alpha=alpha)

@@ -1,0 +1,129 @@
+"""The feed-forward of a layer: routed experts, with a shared expert beside them where there is one, or a dense mlp.
+
+    p = softmax(router·h) in float32, the k largest divided by their sum;  y = Σ p·down(silu(gate h)·(up h))
+    with a shared expert: y·(1 - c) + shared(h)·c,  c = sigmoid(coefficient·h) in float32
+
+Each rank computes its columns of every expert; the ranks' results are summed once. Padded tokens are not routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxconv.runtime.linear import Activations, Projection, projection
+from mxconv.runtime.loader import Weights
+from mxconv.runtime.norm import statistics_dtype
+from mxconv.runtime.parallel import Group
+
+Observer = Callable[[int, str, Tensor], None]
+"""observer(expert, "up_gate_proj" | "down_proj", x [tokens, in]): the input of an expert GEMM, before rotation and quantization."""
+
+CHUNK_TOKENS = 4096
+"""Tokens of an expert are taken this many at a time."""
+
+Pair = tuple[Projection, Projection]
+
+
+def gated(pair: Pair, x: Tensor, activations: Activations, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    """down(silu(gate x) · (up x)) of x [tokens, H]: one rank's part of the sum."""
+    up_gate, down = pair
+    if observe:
+        observe("up_gate_proj", x)
+    gate, up = up_gate(x, activations).chunk(2, dim=-1)
+    inner = F.silu(gate).mul_(up)
+    if observe:
+        observe("down_proj", inner)
+    return down(inner, activations)
+
+
+class Experts:
+    """A layer's expert weights by (name, rank): all widened and kept, or widened anew whenever asked for."""
+
+    def __init__(self, weights: Weights, layer: int, device: torch.device, dtype: torch.dtype, *, keep: bool) -> None:
+        self._weights, self._layer, self._device, self._dtype, self._keep = weights, layer, device, dtype, keep
+        self._kept: dict[tuple[str, int], Pair] = {}
+
+    def pair(self, stem: str, rank: int) -> Pair:
+        """(up_gate, down) of `stem`: `experts.3`, `shared` or `mlp`."""
+        found = self._kept.get((stem, rank))
+        if found is None:
+            up_gate, down = (
+                projection(self._weights, self._layer, f"{stem}.{name}", rank, self._device, self._dtype)
+                for name in ("up_gate", "down")
+            )
+            found = up_gate, down
+            if self._keep:
+                self._kept[stem, rank] = found
+        return found
+
+
+class FeedForward:
+    """The feed-forward of one layer over the ranks of `group`."""
+
+    def __init__(
+        self, weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype, *, keep: bool
+    ) -> None:
+        names = weights.names(layer)
+        self.group, self.experts = group, Experts(weights, layer, device, dtype, keep=keep)
+        self.per_token, wide = weights.config.experts_per_token, statistics_dtype(dtype)
+
+        def whole(name: str) -> Tensor | None:
+            return weights.dense(layer, name, 0, wide).to(device) if name in names else None
+
+        self.router, self.coefficient = whole("router"), whole("shared.coefficient")
+
+    def __call__(self, h: Tensor, mask: Tensor | None, activations: Activations, observer: Observer | None) -> Tensor:
+        """[B, T, H] → [B, T, H]; `mask` bool [B, T] leaves padded tokens at 0."""
+        tokens = h.flatten(0, 1) if mask is None else h[mask]
+        routes = None if self.router is None else self._route(tokens, self.router)
+        mixed = None
+        if self.coefficient is not None:
+            mixed = torch.sigmoid(F.linear(tokens.to(self.coefficient.dtype), self.coefficient))
+        y = self.group.sum(lambda rank: self._partial(rank, tokens, routes, mixed, activations, observer)).to(h.dtype)
+        if mask is None:
+            return y.view(h.shape)
+        out = torch.zeros_like(h)
+        out[mask] = y
+        return out
+
+    def _route(self, tokens: Tensor, router: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """(expert, indices of its tokens, their weights [n, 1]) of every expert that has tokens, in order."""
+        shares = torch.softmax(F.linear(tokens.to(router.dtype), router), dim=-1)
+        top, chosen = torch.topk(shares, self.per_token, dim=-1)
+        top = top / top.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(router)).tolist()
+        owners = order // self.per_token
+        ordered = top.flatten()[order, None]
+        parts = zip(counts, owners.split(counts), ordered.split(counts), strict=True)
+        return [(expert, rows, weight) for expert, (count, rows, weight) in enumerate(parts) if count]
+
+    def _partial(
+        self, rank: int, tokens: Tensor, routes: list[tuple[int, Tensor, Tensor]] | None, mixed: Tensor | None,
+        activations: Activations, observer: Observer | None,
+    ) -> Tensor:  # fmt: skip
+        """One rank's part of the output, [tokens, H] in the statistics dtype."""
+        if routes is None:
+            y = gated(self.experts.pair("mlp", rank), tokens, activations).to(statistics_dtype(tokens.dtype))
+        else:
+            y = tokens.new_zeros(tokens.shape, dtype=statistics_dtype(tokens.dtype))
+            for expert, rows, weight in routes:
+                self._add_expert(y, expert, rank, tokens, rows, weight, activations, observer)
+        if mixed is not None:
+            beside = gated(self.experts.pair("shared", rank), tokens, activations)
+            y = y * (1 - mixed) + beside * mixed
+        return y
+
+    def _add_expert(
+        self, y: Tensor, expert: int, rank: int, tokens: Tensor, rows: Tensor, weight: Tensor,
+        activations: Activations, observer: Observer | None,
+    ) -> None:  # fmt: skip
+        pair = self.experts.pair(f"experts.{expert}", rank)
+        observe = None if observer is None else lambda name, x: observer(expert, name, x)
+        for start, part in zip(range(0, len(rows), CHUNK_TOKENS), rows.split(CHUNK_TOKENS), strict=True):
+            out = gated(pair, tokens.index_select(0, part), activations, observe)
+            y.index_add_(0, part, out * weight[start : start + CHUNK_TOKENS])
