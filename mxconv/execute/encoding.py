@@ -1,0 +1,167 @@
+"""The `quantize` operation: one projection of one expert, encoded row block by row block into whole outputs of every rank.
+
+Stored matrices are [in, out] and the source is [out, in], so that a block of source rows is a block of output columns: the
+outputs are held whole, the source never is. A tensor-wide scale takes two passes over the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxconv.errors import MxconvError
+from mxconv.execute.rawbits import Raw, assign, raw_dtype, to_float32
+from mxconv.execute.reading import Findings, SourceReader
+from mxconv.mapping.parameters import Parameter
+from mxconv.plan.experts import streams
+from mxconv.plan.pieces import BLOCK_BYTES
+from mxconv.plan.values import Unit
+from mxconv.quantize.fast import ProjectionEncoder
+from mxconv.quantize.finite import fp16_subnormal_scales
+from mxconv.quantize.packing import store_scale
+from mxconv.quantize.reference import scale_shape, tensor_scale
+from mxconv.quantize.schemes import FP8_BLOCK, Scheme
+from mxconv.tensors import TORCH_NAMES, whole
+
+
+class ActivationStatistics(Protocol):
+    """What calibration measured (calibrate.statistics)."""
+
+    def absmax(self, layer: int, expert: int, projection: str, rotation: int) -> float:
+        """Largest absolute value of the projection's input after a Hadamard rotation of that block (0: none)."""
+
+
+def run_quantize(
+    unit: Unit, scheme: Scheme, reader: SourceReader, findings: Findings, statistics: ActivationStatistics | None
+) -> tuple[list[Raw], dict[str, object]]:
+    """The stored tensors of `unit` in the order of its outputs, and facts worth a warning."""
+    params = {param.name: param for param in reader.source.parameters if param.name in unit.sources}
+    sources = [params[name] for name in unit.sources]
+    if unit.projection is None or unit.layer is None or unit.expert is None:
+        raise MxconvError("a quantize unit names no projection", where=unit.id)
+    out_features, in_features = sources[0].shape
+    encoder = ProjectionEncoder(scheme, unit.projection, out_features, in_features)
+    one_scale = _tensor_scale(encoder, sources, reader, findings) if encoder.passes == 2 else None
+    codes, scales = _encode(unit, encoder, sources, reader, Findings() if encoder.passes == 2 else findings, one_scale)
+    findings.raise_bad()
+    facts: dict[str, object] = {}
+    if scheme.weight == "int4" and (small := sum(fp16_subnormal_scales(scale) for scale in scales)):
+        facts["subnormal_scales"] = small
+    activation = None
+    if scheme.static:
+        if statistics is None:
+            raise MxconvError("a static scheme has no calibration statistics", where=unit.id)
+        activation = _activation_scale(unit.layer, unit.expert, unit.projection, scheme, statistics)
+    arrays: list[Raw] = []
+    for coded, rank_codes in zip(unit.coded, codes, strict=True):
+        arrays += [rank_codes.numpy(), _rank_scale(scheme, unit.projection, scales, coded.rank, len(unit.coded)).numpy()]
+        if activation is not None:
+            arrays.append(activation)
+    return arrays, facts
+
+
+def _tensor_scale(encoder: ProjectionEncoder, sources: list[Parameter], reader: SourceReader, findings: Findings) -> float:
+    """First pass: the scale that gate and up, or down alone, share over all ranks."""
+    absmax = 0.0
+    for param in sources:
+        for _, rows in _row_blocks(param, encoder, reader, findings):
+            if not findings.bad:
+                absmax = max(absmax, encoder.observe(rows))
+    findings.raise_bad()
+    return tensor_scale(absmax)
+
+
+def _encode(
+    unit: Unit, encoder: ProjectionEncoder, sources: list[Parameter], reader: SourceReader, findings: Findings, one_scale: float | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes of each rank in stored orientation, and the canonical scale of each source over all ranks."""
+    scheme, ranks = encoder.scheme, len(unit.coded)
+    codes = _code_buffers(unit)
+    scales = [torch.empty(scale_shape(scheme, *param.shape), dtype=torch.float32) for param in sources]
+    rows_each = sources[0].shape[0] // ranks if unit.projection == "up_gate_proj" else sources[0].shape[0]
+    for slot, (param, scale) in enumerate(zip(sources, scales, strict=True)):
+        for start, rows in _row_blocks(param, encoder, reader, findings):
+            if findings.bad:
+                continue  # go on only to count every bad weight of the tensor
+            for first, last in _split(start, start + rows.shape[0], rows_each):
+                rank, column = divmod(first, rows_each)
+                column += slot * rows_each
+                target = codes[rank][:, column : column + last - first]
+                encoder.encode_into(
+                    rows[first - start : last - start], target, _scale_rows(scheme, scale, first, last), one_scale
+                )  # fmt: skip
+    if unit.projection == "down_proj":
+        return list(codes[0].chunk(ranks, dim=0)), scales
+    return codes, scales
+
+
+def _code_buffers(unit: Unit) -> list[Tensor]:
+    """up_gate: a tensor a rank. down: one over all ranks, whose row blocks are the ranks' tensors (the input axis is cut)."""
+    shape = unit.coded[0].codes.shape
+    if unit.projection == "up_gate_proj":
+        return [torch.empty(shape, dtype=torch.int8) for _ in unit.coded]
+    return [torch.empty((shape[0] * len(unit.coded), shape[1]), dtype=torch.int8)]
+
+
+def _split(start: int, stop: int, each: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) cut at multiples of `each`: the rows of one rank at a time."""
+    while start < stop:
+        end = min(stop, (start // each + 1) * each)
+        yield start, end
+        start = end
+
+
+def _scale_rows(scheme: Scheme, scale: Tensor, first: int, last: int) -> Tensor:
+    """The part of a canonical scale that belongs to rows [first, last)."""
+    if scheme.granularity == "tensor":
+        return scale
+    step = FP8_BLOCK if scheme.granularity == "block" else 1
+    return scale[first // step : last // step]
+
+
+def _rank_scale(scheme: Scheme, projection: str, scales: list[Tensor], rank: int, ranks: int) -> Tensor:
+    """`weight_scale` of one rank in stored orientation: gate and up rows cut by out, down by in."""
+    if scheme.granularity == "tensor":
+        return scales[0].clone()
+    if projection == "up_gate_proj":
+        return store_scale(torch.cat([scale.chunk(ranks, dim=0)[rank] for scale in scales]), scheme)
+    scale = scales[0] if scheme.granularity == "channel" else scales[0].chunk(ranks, dim=1)[rank]
+    return store_scale(scale, scheme).clone()
+
+
+def _row_blocks(
+    param: Parameter, encoder: ProjectionEncoder, reader: SourceReader, findings: Findings
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [n, in]) of `param`, in order and in multiples of the encoder's rows."""
+    holders = reader.source.bound.holders[param.name]
+    if all(streams(container, part) for container, part in holders):
+        for block in reader.blocks(param.name, whole(param.shape), findings, encoder.rows_multiple):
+            yield block.box[0][0], _as_torch(block.values, block.dtype)
+        return
+    dtype = holders[0][0].dtype
+    matrix = np.empty(param.shape, raw_dtype(dtype))
+    for block in reader.blocks(param.name, whole(param.shape), findings):
+        assign(matrix[tuple(slice(*bounds) for bounds in block.box)], block.values)
+    step = max(1, BLOCK_BYTES // matrix[:1].nbytes // encoder.rows_multiple) * encoder.rows_multiple
+    for start in range(0, param.shape[0], step):
+        yield start, _as_torch(matrix[start : start + step], dtype)
+
+
+def _as_torch(values: Raw, dtype: str) -> Tensor:
+    """Raw values as a float tensor of their dtype (float64, which no kernel takes, as float32)."""
+    if dtype == "F64":
+        return torch.from_numpy(to_float32(values, dtype))
+    signed = np.ascontiguousarray(values).view({2: np.int16, 4: np.int32}[values.itemsize])
+    tensor: Tensor = torch.from_numpy(signed).view(getattr(torch, TORCH_NAMES[dtype]))
+    return tensor
+
+
+def _activation_scale(layer: int, expert: int, projection: str, scheme: Scheme, statistics: ActivationStatistics) -> Raw:
+    """float32 [1]: the calibrated absmax of the projection's (rotated) input, divided where the scheme stores it so."""
+    absmax = np.float32(statistics.absmax(layer, expert, projection, scheme.rotation[projection]))
+    value = absmax / np.float32(scheme.activation.divisor) if scheme.activation.stored_divided else absmax
+    return np.array([value if value > 0 else np.float32(1.0)], dtype=np.float32)

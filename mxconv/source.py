@@ -1,0 +1,156 @@
+"""Source: an opened checkpoint or artifact — config, headers, and every tensor bound to the parameters that it holds.
+
+Nothing but headers is read here. Whether the bytes are right is the business of check units, `check` and `verify`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxconv.artifact import read_manifest, require_artifact
+from mxconv.checkpoint import Shards, StoredTensor, rank_folders, read_shards
+from mxconv.config import ModelConfig, read_config
+from mxconv.errors import IncompleteInput, MxconvError, UsageError, raise_all
+from mxconv.mapping.bind import Bound, bind, expected_specs
+from mxconv.mapping.parameters import Parameter, parameters
+from mxconv.mapping.tables import TABLES
+from mxconv.mapping.rules import Table
+from mxconv.tensors import TensorSpec
+
+TIED_HEAD = "lm_head.weight"
+DENSE_NAMES = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_gate_proj.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One checkpoint, opened: `ranks` has one entry for a source checkpoint, R for an artifact of R ranks."""
+
+    root: Path
+    config: ModelConfig
+    table: Table
+    ranks: tuple[Shards, ...]
+    specs: tuple[Mapping[str, TensorSpec], ...]
+    """Name → spec on each rank: from the headers, or from the config where only an index is there."""
+    parameters: tuple[Parameter, ...]
+    bound: Bound
+    dense_mlp: bool
+    dropped: Mapping[str, str]
+    tied_head_stored: bool
+    manifest: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+    problems: tuple[MxconvError, ...]
+
+    @property
+    def present(self) -> bool:
+        """The shards are there, not an index alone."""
+        return all(shards.present for shards in self.ranks)
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks that the files hold (1 for a source checkpoint)."""
+        return len(self.ranks)
+
+    def stored(self, rank: int, name: str) -> StoredTensor:
+        """Where tensor `name` of `rank` lies in its files."""
+        return self.ranks[rank].tensors[name]
+
+    def dtype_of(self, parameter: str) -> str:
+        """The dtype in which a parameter is stored."""
+        return self.bound.holders[parameter][0][0].dtype
+
+    def require_weights(self) -> None:
+        """Raise every problem found, or IncompleteInput when an index is all there is."""
+        raise_all(self.problems)
+        if not self.present:
+            raise IncompleteInput(
+                "no shard is there, only an index", where=self.root, expected=f"{len(self.ranks[0].index or {})} tensors in their files",
+                hint="download the shards; inspect and --dry-run work without them",
+            )
+
+    def headers_digest(self) -> str:
+        """SHA-256 over config and every tensor's name, dtype, shape, file and offset: what a plan was made from."""
+        tensors = [
+            [rank, t.name, t.dtype, list(t.shape), shards.files[t.file].relative, t.offset]
+            for rank, shards in enumerate(self.ranks)
+            for t in sorted(shards.tensors.values(), key=lambda t: t.name)
+        ]
+        text = json.dumps([dict(self.config.raw), tensors], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> Source:
+    """Open the checkpoint or artifact at `path`.
+
+    Problems of headers and names are collected in the result, since `inspect` shows a broken checkpoint too; a config
+    that cannot be read at all is raised. `drop`: glob patterns of tensor names to leave out on purpose.
+    """
+    root = Path(path)
+    config = read_config(root)
+    manifest = None
+    folders: Sequence[Path] = (root,)
+    if config.artifact is not None or rank_folders(root):
+        require_artifact(root)
+        manifest = read_manifest(root)
+        folders = rank_folders(root) or (root,)
+    if (config.artifact or {}).get("scheme") is not None:
+        # Quantized experts hold codes, not parameters: an artifact of that kind is checked and verified, never a source.
+        raise UsageError(
+            "a quantized artifact cannot be a source: its experts hold rounded codes, and there is no way back",
+            where=root, got=f"scheme {(config.artifact or {}).get('scheme')}", hint="start from the checkpoint that it was made from",
+        )  # fmt: skip
+    table = TABLES[_layout(config)]
+    ranks = tuple(read_shards(folder) for folder in folders)
+    problems = [problem for shards in ranks for problem in shards.problems]
+    notes = [note for shards in ranks for note in shards.notes]
+    if manifest is not None and len(ranks) != config.raw["mxconv"].get("tp"):
+        problems.append(
+            IncompleteInput("rank folders are missing", where=root, expected=f"{config.raw['mxconv'].get('tp')} ranks", got=len(ranks))
+        )
+    names = [set(shards.tensors) | set(shards.index or {}) for shards in ranks]
+    dense = config.num_experts == 1 and any(name in names[0] for name in DENSE_NAMES)
+    dropped = {name: f"dropped as asked: {pattern}" for pattern in drop for each in names for name in each if fnmatch.fnmatchcase(name, pattern)}
+    notes += [f"--drop {pattern} matches no tensor" for pattern in drop if not any(reason.endswith(pattern) for reason in dropped.values())]
+    tied = config.tie_word_embeddings and TIED_HEAD in names[0]
+    specs = tuple(
+        {name: spec for name, spec in _specs(table, config, shards, notes).items()
+         if name not in dropped and not (tied and name == TIED_HEAD)}
+        for shards in ranks
+    )  # fmt: skip
+    params = tuple(parameters(config, dense_mlp=dense))
+    bound = bind(table, config, params, specs)
+    return Source(
+        root=root, config=config, table=table, ranks=ranks, specs=specs, parameters=params, bound=bound, dense_mlp=dense,
+        dropped={**dropped, **bound.dropped}, tied_head_stored=tied, manifest=manifest, notes=tuple(notes),
+        problems=(*problems, *bound.problems),
+    )  # fmt: skip
+
+
+def _layout(config: ModelConfig) -> str:
+    block = config.artifact
+    return str(block.get("layout")) if block is not None and block.get("layout") in TABLES else config.dialect
+
+
+def _specs(table: Table, config: ModelConfig, shards: Shards, notes: list[str]) -> Mapping[str, TensorSpec]:
+    """Header specs, or, for an index alone, shapes of the config with the dtypes that explain the index's total size."""
+    if shards.present or not shards.index:
+        return {t.name: TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in shards.tensors.values()}
+    guesses = ({"router": "F32"}, {}, {"router": "F32", "norm": "F32"})
+    total = shards.index_metadata.get("total_size")
+    for guess in guesses:
+        specs = expected_specs(table, config, shards.index, guess)
+        if sum(spec.size_bytes for spec in specs.values()) == total:
+            kept = "".join(f", {group} float32" for group in guess)
+            notes.append(f"no shards here: shapes from the config; bf16{kept} gives exactly the index's total_size {total:,} bytes")
+            break
+    else:
+        specs = expected_specs(table, config, shards.index, guesses[0])
+        notes.append(f"no shards here: shapes from the config, dtypes assumed; the index's total_size is {total}")
+    unknown = {name: TensorSpec(name=name, dtype="BF16", shape=()) for name in shards.index if name not in specs}
+    return {**specs, **unknown}
