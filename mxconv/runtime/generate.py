@@ -1,0 +1,72 @@
+"""Generation for one sequence: prefill once, then a token at a time from the caches. Token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mxconv.errors import UsageError
+from mxconv.runtime.linear import Activations
+from mxconv.runtime.model import Model
+
+
+def generate(
+    model: Model, ids: Sequence[int], *, max_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+    seed: int | None = None, eos_ids: Collection[int] | None = None, activations: Activations = "quantized",
+) -> Iterator[int]:  # fmt: skip
+    """Yield up to `max_tokens` new token ids after the prompt `ids`, each as soon as it is known.
+
+    `temperature` 0 takes the likeliest token; otherwise one is drawn from softmax(logits/temperature), cut to the fewest
+    tokens whose probability reaches `top_p`. `seed` makes the draws repeatable. A token of `eos_ids` (None: the config's)
+    ends the sequence and is not yielded. Raises UsageError for an empty prompt or a parameter out of range.
+    """
+    _check(ids, max_tokens, temperature, top_p)
+    ends = frozenset(model.config.eos_token_ids if eos_ids is None else eos_ids)
+    random = torch.Generator()
+    if seed is None:
+        random.seed()
+    else:
+        random.manual_seed(seed)
+    return _tokens(model, ids, max_tokens, ends, temperature, top_p, random, activations)
+
+
+def _check(ids: Sequence[int], max_tokens: int, temperature: float, top_p: float) -> None:
+    if not ids:
+        raise UsageError("the prompt has no tokens")
+    for name, value, good, expected in (
+        ("max_tokens", max_tokens, max_tokens >= 0, "at least 0"),
+        ("temperature", temperature, 0.0 <= temperature < float("inf"), "a finite number of at least 0"),
+        ("top_p", top_p, 0.0 < top_p <= 1.0, "above 0 and at most 1"),
+    ):
+        if not good:
+            raise UsageError(f"{name} is out of range", expected=expected, got=value)
+
+
+def _tokens(
+    model: Model, ids: Sequence[int], max_tokens: int, ends: frozenset[int], temperature: float, top_p: float,
+    random: torch.Generator, activations: Activations,
+) -> Iterator[int]:  # fmt: skip
+    cache = model.cache()
+    step = torch.tensor([list(ids)], dtype=torch.int64)
+    for _ in range(max_tokens):
+        with torch.inference_mode():
+            token = choose(model(step, cache=cache, last=1, activations=activations)[0, -1], temperature, top_p, random)
+        if token in ends:
+            return
+        yield token
+        step = torch.tensor([[token]], dtype=torch.int64)
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """One token id from float32 `logits` [V]; draws on the CPU, so that a seed gives the same tokens on every device."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    shares = torch.softmax(logits.cpu().to(torch.float64) / temperature, dim=-1)
+    if top_p < 1.0:
+        ordered, order = shares.sort(descending=True)
+        # Kept: every token before which less than top_p has been gathered, so that at least one stays.
+        kept = ordered.cumsum(0) - ordered < top_p
+        shares = torch.zeros_like(shares).index_put((order[kept],), ordered[kept])
+    return int(torch.multinomial(shares, 1, generator=random))
