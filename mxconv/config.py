@@ -383,13 +383,16 @@ def read_regular(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> bytes:
         raise IncompleteInput("file is missing", where=path, hint="give the folder of a Hugging Face checkpoint") from None
     except OSError as error:
         raise MalformedInput(f"file cannot be opened: {error.strerror}", where=path) from None
-    with os.fdopen(fd, "rb") as file:
-        info = os.fstat(file.fileno())
+    try:
+        info = os.fstat(fd)  # before fdopen, which refuses a directory in its own words
         if not stat.S_ISREG(info.st_mode):
             raise MalformedInput("not a regular file", where=path)
         if info.st_size > limit_bytes:
             raise MalformedInput("file is too large", where=path, expected=f"at most {limit_bytes} bytes", got=info.st_size)
-        return file.read()
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(limit_bytes)
+    finally:
+        os.close(fd)
 
 
 def read_json(path: Path) -> Any:

@@ -6,8 +6,8 @@ Data goes to stdout, chatter (progress, notes, warnings, errors) to stderr. What
     a pipe, a log    the same text plain, a line a finished file or half minute, never cut to a width
     a machine        `--json`: one document on stdout for a report; for a run (`stream=True`) JSON lines, one an event
 
-NO_COLOR, TERM=dumb and CI are honoured. rich is imported only when something is drawn live. Text from files is
-escaped by `errors.printable` before it gets here or here.
+NO_COLOR, TERM=dumb and CI are honoured. rich is imported only when something is drawn live. All text passes through
+`errors.printable`, so that no control character of a file's names reaches a terminal.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ class Console(Progress):
     def line(self, text: str = "") -> None:
         """One line of a report; the words ok, warn and FAIL are coloured on a terminal."""
         if not self.json:
-            self._out(self._painted(text, self._stdout) + "\n")
+            self._out(self._painted(_clean(text), self._stdout) + "\n")
 
     def title(self, text: str) -> None:
         """The heading of what follows."""
         if not self.json:
-            self._out(self._paint(text, "title", self._stdout) + "\n")
+            self._out(self._paint(_clean(text), "title", self._stdout) + "\n")
 
     def table(self, title: str | None, columns: Sequence[str | Column], rows: Sequence[Sequence[object]]) -> None:
         """Aligned rows under a title; a `Column` may lean right; headings are left out when all are empty."""
         if title:
             self.title(title)
-        made = [Column(column) if isinstance(column, str) else column for column in columns]
-        for line in draw.table(made, [[printable(cell, 4096) for cell in row] for row in rows]):
+        made = [Column(_clean(column)) if isinstance(column, str) else column for column in columns]
+        for line in draw.table(made, [[_clean(cell) for cell in row] for row in rows]):
             self.line(line)
 
     def values(self, title: str | None, pairs: Mapping[str, object]) -> None:
@@ -93,7 +93,8 @@ class Console(Progress):
             return
         if title:
             self.title(title)
-        for line in draw.bar_chart(labels, values, limit=limit, ascii_only=not self._is_unicode(self._stdout)):
+        names, ascii_only = [_clean(label) for label in labels], not self._is_unicode(self._stdout)
+        for line in draw.bar_chart(names, values, limit=limit, ascii_only=ascii_only):
             self.line(line)
 
     def sparkline(self, label: str, values: Sequence[float], *, top: float | None = None) -> None:
@@ -126,22 +127,22 @@ class Console(Progress):
         """Something worth knowing; silent with `quiet`."""
         self._said("note", line)
         if not self.quiet:
-            self._chat(f"{self._paint('note:', 'note', self._stderr)} {printable(line, 4096)}")
+            self._chat(f"{self._paint('note:', 'note', self._stderr)} {_clean(line)}")
 
     def warn(self, line: str) -> None:
         """Something that may be a mistake; never silent."""
         self._said("warning", line)
-        self._chat(f"{self._paint('warning:', 'warn', self._stderr)} {printable(line, 4096)}")
+        self._chat(f"{self._paint('warning:', 'warn', self._stderr)} {_clean(line)}")
 
     def detail(self, line: str, level: int = 1) -> None:
         """What only `-v` (or, at level 2, `-vv`) wants to know."""
         if self.verbose >= level:
-            self._chat(printable(line, 4096))
+            self._chat(_clean(line))
 
     def error(self, error: MxconvError) -> None:
         """Say a failure on stderr: `error: where: what (expected …, got …)`, then `hint:`; in JSON mode a document as well."""
         self.close()
-        head, *rest = (printable(line, 4096) for line in error.render().split("\n"))
+        head, *rest = (_clean(line) for line in error.render().split("\n"))
         painted = [line.replace("hint:", self._paint("hint:", "hint", self._stderr), 1) for line in rest]
         self._chat("\n".join([f"{self._paint('error:', 'error', self._stderr)} {head}", *painted]))
         if self.stream:
@@ -247,6 +248,11 @@ class _LogHandler(logging.Handler):
             self.console.warn(text)
         else:
             self.console.detail(text, 1 if record.levelno >= logging.INFO else 2)
+
+
+def _clean(text: object) -> str:
+    """`text` without control characters and whole: lines are never cut."""
+    return printable(text, sys.maxsize)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -93,7 +93,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], indent: int 
     """Aligned lines, the headings first unless all are empty; no line is cut and none ends in spaces."""
     body = [list(row) for row in rows]
     lines = [[column.heading for column in columns], *body] if any(column.heading for column in columns) else body
-    widths = [max((cells(line[i]) for line in lines), default=0) for i in range(len(columns))]
+    widths = [max(map(cells, texts)) for texts in zip(*lines, strict=True)]
     return [
         " " * indent + "  ".join(pad(cell, w, c.align) for cell, w, c in zip(line, widths, columns, strict=True)).rstrip()
         for line in lines
