@@ -25,8 +25,8 @@ TEMPLATES = [
     "{% if add_generation_prompt %}{{ bos_token + 'ai name=assistant\\n' }}{% endif %}",
     # white space of blocks on lines of their own, loop controls, tojson, a namespace
     "{%- set ns = namespace(n=0) %}\n{% for message in messages %}\n    {% if message.role == 'system' %}\n    {% continue %}\n"
-    "    {% endif %}\n    {% set ns.n = ns.n + 1 %}\n[{{ ns.n }}] {{ message | tojson }}\n{% if ns.n == 2 %}{% break %}{% endif %}\n"
-    "{% endfor %}\n",
+    "    {% endif %}\n    {% set ns.n = ns.n + 1 %}\n[{{ ns.n }}] {{ message | tojson }}\n"
+    "{% if ns.n == 2 %}{% break %}{% endif %}\n{% endfor %}\n",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}{{ tools is none }}{{ nothing }}",
     "{{ messages | tojson(indent=2, sort_keys=True) }}{{ 'ab' * 3 }}{{ 2 ** 10 }}{{ dict(a=1) }}",
 ]
