@@ -12,9 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mxconv.artifact import read_manifest, require_artifact
+from mxconv.artifact import Manifest, find_artifact
 from mxconv.checkpoint import Shards, StoredTensor, rank_folders, read_shards
 from mxconv.config import ModelConfig, read_config
 from mxconv.errors import IncompleteInput, MxconvError, UsageError, raise_all
@@ -43,7 +42,8 @@ class Source:
     dense_mlp: bool
     dropped: Mapping[str, str]
     tied_head_stored: bool
-    manifest: Mapping[str, Any] | None
+    manifest: Manifest | None
+    """Of an artifact; None for a checkpoint, and for one that was rebuilt from an artifact."""
     notes: tuple[str, ...]
     problems: tuple[MxconvError, ...]
 
@@ -93,12 +93,10 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
     """
     root = Path(path)
     config = read_config(root)
-    manifest = None
-    folders: Sequence[Path] = (root,)
-    if config.artifact is not None or rank_folders(root):
-        require_artifact(root)
-        manifest = read_manifest(root)
-        folders = rank_folders(root) or (root,)
+    manifest = find_artifact(root)
+    if config.artifact is None:
+        manifest = None
+    folders: Sequence[Path] = rank_folders(root) or (root,)
     if (config.artifact or {}).get("scheme") is not None:
         # Quantized experts hold codes, not parameters: an artifact of that kind is checked and verified, never a source.
         raise UsageError(

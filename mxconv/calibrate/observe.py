@@ -6,6 +6,7 @@ states of all windows are in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,11 +34,12 @@ def rotations(config: ModelConfig) -> tuple[int, ...]:
 
 
 def calibrate(
-    path: Path, ids: np.ndarray, *, source_digest: str, device: str = "cpu", keep_decay: bool = False, progress: Progress = SILENT
-) -> Statistics:
+    path: Path, ids: np.ndarray, *, source_digest: str, device: str = "cpu", keep_decay: bool = False, progress: Progress = SILENT,
+    check: Callable[[], None] = lambda: None,
+) -> Statistics:  # fmt: skip
     """Statistics of the checkpoint at `path` on windows `ids` (int32 [N, T]).
 
-    Raises NumericError when an activation is not finite, and what `runtime.load` raises.
+    `check` is called between layers and may raise to end the pass. Raises NumericError when an activation is not finite, and what `runtime.load` raises.
     """
     model = load(path, tp=1, device=device, dtype=torch.float32, stream=True, keep_decay=keep_decay)
     config = model.config
@@ -46,8 +48,9 @@ def calibrate(
     tokens = {(layer, expert): 0 for layer in range(config.num_layers) for expert in range(config.num_experts)}
     progress.start(f"calibrate on {ids.shape[0]} windows of {ids.shape[1]} tokens", 0)
     with torch.inference_mode():
-        batch = model.batch(torch.from_numpy(ids.astype(np.int64)))
-        x = model.embed(batch.ids)
+        windows_NT = torch.from_numpy(ids.astype(np.int64))
+        batch = model.batch(windows_NT)
+        x = model.embed(windows_NT)
         for index in range(config.num_layers):
 
             def observe(expert: int, projection: str, inputs: Tensor, at: int = index) -> None:
@@ -58,6 +61,7 @@ def calibrate(
                         key = (at, expert, projection, rotation)
                         values[key] = max(values.get(key, 0.0), _absmax(inputs, rotation, key))
 
+            check()
             with model.layer(index) as layer:
                 x = layer(x, batch, observer=observe)
             progress.advance(0, f"layer {index + 1} of {config.num_layers}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,10 +52,11 @@ class Findings:
 
 
 class SourceReader:
-    """The byte readers of every rank of a source; thread-safe."""
+    """The byte readers of every rank of a source; thread-safe. `check` is called before each read and may raise to end the run."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, check: Callable[[], None] = lambda: None) -> None:
         self.source = source
+        self._check = check
         self._readers = tuple(ByteReader(shards) for shards in source.ranks)
 
     def close(self) -> None:
@@ -73,6 +74,7 @@ class SourceReader:
 
     def raw(self, rank: int, name: str, box: Box | None = None) -> Raw:
         """Raw values of a stored tensor or a box of it, in stored axis order."""
+        self._check()
         tensor = self.source.stored(rank, name)
         box = whole(tensor.shape) if box is None else box
         return self._readers[rank].read(tensor, box).view(raw_dtype(tensor.dtype)).reshape(box_shape(box))

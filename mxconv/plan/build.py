@@ -129,15 +129,20 @@ def _place(
 
 def _numerics(source: Source, request: Request, target: Target, ignored: tuple[int, ...]) -> dict[str, Any]:
     """What decides the values of an artifact, whatever its ranks and files."""
-    tensors = {name: [spec.dtype, list(spec.shape)] for specs in source.specs[:1] for name, spec in specs.items()}
+    if source.manifest is not None:
+        origin: dict[str, Any] = {"artifact": source.manifest.body["plan"]["numerics_digest"]}
+    else:
+        tensors = {name: [spec.dtype, list(spec.shape)] for name, spec in source.specs[0].items()}
+        origin = {"config": dict(source.config.raw), "tensors_sha256": digest(tensors)}
     return {
         "version": PLAN_VERSION,
-        "source": {"config": dict(source.config.raw), "tensors": tensors if source.manifest is None else source.manifest["plan"]["numerics"]},
+        "source": origin,
         "dialect": target.layout,
         "scheme": None if request.scheme is None else request.scheme.block(),
         "ignored_layers": list(ignored),
         "dropped": dict(source.dropped),
         "keep_decay": request.keep_decay,
+        "calibration": request.calibration,
     }
 
 

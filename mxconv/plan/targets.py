@@ -41,7 +41,7 @@ class Target:
 
 def target_layout(source: Source, request: Request) -> tuple[str, bool]:
     """(layout, whether it is the source's own form): None in the request means the form that the artifact was made from."""
-    own = source.manifest["source"]["dialect"] if source.manifest is not None else source.config.dialect
+    own = source.manifest.body["source"]["dialect"] if source.manifest is not None else source.config.dialect
     layout = request.layout or own
     if layout not in TABLES:
         raise UsageError(f"unknown layout {layout!r}", expected=" or ".join(TABLES))
@@ -112,7 +112,7 @@ def make_target(source: Source, request: Request, kept: tuple[Parameter, ...], i
     layout, own = target_layout(source, request)
     table = TABLES[layout]
     if own and source.manifest is not None:
-        return _own_form(source, table, source.manifest["source"])
+        return _own_form(source, table, source.manifest.body["source"])
     block = artifact_block(request, layout, ignored_layers)
     if layout == "fastdeploy":
         fields = quantization_fields(request.scheme) if request.scheme is not None else None
@@ -123,7 +123,7 @@ def make_target(source: Source, request: Request, kept: tuple[Parameter, ...], i
         config = {**{k: v for k, v in m1_config(source.config).items() if k not in _ARTIFACT_ONLY}, "mxconv": block}
     dtypes = {param.name: source.dtype_of(param.name) for param in kept}
     if source.manifest is not None:
-        dtypes |= _original_dtypes(source.manifest["source"])
+        dtypes |= _original_dtypes(source.manifest.body["source"])
     containers = lay_out(table, source.config, kept, request.tp, dtypes)
     return Target(
         layout=layout, table=table, config=config, model=parse_config(config, "the config.json to be written"),

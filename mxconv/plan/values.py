@@ -90,6 +90,8 @@ class Request:
     ignore: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     keep_decay: bool = False
+    calibration: str | None = None
+    """Digest of the token ids that a static scheme is calibrated on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
