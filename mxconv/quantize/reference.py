@@ -17,6 +17,7 @@ Canonical orientation is the source's, [out, in]. The scale of each granularity,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,22 +43,25 @@ class Coded:
 
 
 def tile_shape(scheme: Scheme, out_features: int, in_features: int) -> tuple[int, int]:
-    """(rows, columns) of the weights that share one scale in a matrix [out, in].
-
-    Raises UsageError when the matrix does not divide into such tiles, or into the pairs that int4 packs.
-    """
-    rows, columns = {
+    """(rows, columns) of the weights that share one scale in a matrix [out, in]."""
+    return {
         "group": (1, scheme.group_size or in_features),
         "channel": (1, in_features),
         "block": (FP8_BLOCK, FP8_BLOCK),
         "tensor": (out_features, in_features),
     }[scheme.granularity]
-    pair = 2 if scheme.weight == "int4" else 1
-    if out_features <= 0 or in_features <= 0 or out_features % rows or in_features % columns or in_features % pair:
+
+
+def check_shape(scheme: Scheme, projection: str, out_features: int, in_features: int) -> None:
+    """Raise UsageError when a matrix [out, in] does not divide into what shares a scale, packs together or rotates together."""
+    rows, columns = tile_shape(scheme, max(out_features, 1), max(in_features, 1))
+    columns = math.lcm(columns, 2 if scheme.weight == "int4" else 1, scheme.rotation[projection] or 1)
+    if out_features < 1 or in_features < 1 or out_features % rows or in_features % columns:
         raise UsageError(
-            f"{scheme.name} cannot cut this matrix", expected=f"multiples of [{rows}, {max(columns, pair)}]", got=[out_features, in_features]
+            f"{scheme.name} cannot quantize {projection} of this shape",
+            expected=f"[multiple of {rows}, multiple of {columns}]",
+            got=[out_features, in_features],
         )
-    return rows, columns
 
 
 def scale_shape(scheme: Scheme, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -106,7 +110,7 @@ def decode(coded: Coded, scheme: Scheme, projection: str) -> Tensor:
 
 
 def unit_scale(absmax: Tensor, scheme: Scheme) -> Tensor:
-    """The scale that codes are made with, before a rotated int4 scale is divided: absmax (int4) or fl(absmax/448) (e4m3), never 0."""
+    """The scale that codes are made with: absmax (int4, not yet divided by fl(√b)) or fl(absmax/448) (e4m3); 1 where that is 0."""
     scale = absmax if scheme.weight == "int4" else divide(absmax, E4M3_MAX)
     return torch.where(scale == 0, 1.0, scale)
 
@@ -136,16 +140,21 @@ def e4m3_values(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).to(torch.float32)
 
 
+def overflow(weight: Tensor) -> NumericError:
+    """The failure of finite weights whose rotation leaves float32."""
+    return NumericError("the rotation of the weights overflows float32", got=f"absmax {float(weight.abs().max()):.3g}")
+
+
 def _rotated(weight: Tensor, scheme: Scheme, projection: str) -> Tensor:
     if weight.dim() != 2 or weight.dtype not in SOURCE_DTYPES:
         raise UsageError("a weight to quantize is [out, in] of bf16, f16 or f32", got=f"{weight.dtype} {list(weight.shape)}")
-    tile_shape(scheme, *weight.shape)
+    check_shape(scheme, projection, *weight.shape)
     bad = find_nonfinite(weight)
     if bad is not None:
-        raise bad.error("weight")
+        raise bad.error(projection)
     rotated = rotate_weight(weight, scheme, projection)
     if find_nonfinite(rotated) is not None:
-        raise NumericError("the rotation of the weight overflows float32", where="weight", got=f"absmax {float(weight.abs().max()):.3g}")
+        raise overflow(weight)
     return rotated
 
 

@@ -26,7 +26,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     if block <= 1:
         return x.to(torch.float32)
     if block & (block - 1) or size % block:
-        raise UsageError("the Hadamard block must be a power of two that divides the axis", expected=f"a divisor of {size}", got=block)
+        raise UsageError("a Hadamard block is a power of two that divides the axis", expected=f"a divisor of {size}", got=block)
     values = x.to(torch.float32)
     half = 1
     while half < block:
