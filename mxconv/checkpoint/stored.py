@@ -61,6 +61,10 @@ class Shards:
     present: bool
     """False when there is an index and not one of its shard files: enough for `inspect` and `--dry-run`."""
 
+    def fingerprint(self) -> dict[str, list[int | str]]:
+        """File → [size, mtime in ns, SHA-256 of its header]: tells a later run whether the source is as it was."""
+        return {file.relative: [file.size_bytes, file.mtime_ns, file.header_sha256] for file in self.files}
+
     def require(self) -> None:
         """Raise every problem, or IncompleteInput when no shard is present; return when all is there."""
         raise_all(self.problems)

@@ -1,0 +1,243 @@
+"""Where a run may write: the rules for an output folder that exists already, its lock, and the exchange that replaces it.
+
+| the folder          | nothing asked | `--resume`                              | `--overwrite`                        |
+|---------------------|---------------|-----------------------------------------|--------------------------------------|
+| absent or empty     | a new run     | a new run                               | a new run                            |
+| an unfinished run   | 5             | goes on; 5 when it is of another plan   | built beside, exchanged at the end   |
+| a finished artifact | 5             | is checked; 5 when it is of another plan| built beside, exchanged at the end   |
+| anything else       | 5             | 5                                       | built beside; the old folder is kept |
+
+`--overwrite --resume` goes on with a build beside it that was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from mxconv.artifact.failpoints import reach
+from mxconv.artifact.journal import busy, journal_plan
+from mxconv.artifact.manifest import Manifest, read_manifest
+from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME, RUN_LOG_NAME, beside_path
+from mxconv.artifact.system import exchange, sync_directory, try_lock, writing
+from mxconv.errors import MxconvError, OutputConflict
+from mxconv.progress import SILENT, Progress
+
+State = Literal["empty", "unfinished", "finished", "other"]
+
+# What to say of a folder that is taken, and what to do.
+_TAKEN: Mapping[State, tuple[str, str]] = {
+    "finished": ("a finished artifact is there already", "--resume checks it, --overwrite replaces it"),
+    "unfinished": ("an unfinished run is there", "--resume goes on with it, --overwrite replaces it"),
+    "other": ("the output folder is not empty", "choose another folder, or --overwrite (the old one is kept beside it)"),
+}
+
+
+def state_of(folder: Path) -> State:
+    """What lies in an output folder; a folder that is absent is empty."""
+    try:
+        names = set(os.listdir(folder)) - {RUN_LOG_NAME}
+    except FileNotFoundError:
+        return "empty"
+    except NotADirectoryError:
+        return "other"
+    if not names:
+        return "empty"
+    if MANIFEST_NAME in names:
+        return "finished"
+    return "unfinished" if JOURNAL_NAME in names else "other"
+
+
+class Output:
+    """The output folder of one run, locked; a context manager.
+
+    `work` is where files are written: `root` itself, or the folder beside it that will replace it. `finished` is the manifest
+    when the artifact of this very plan is there already: it is to be checked, and nothing is to be written.
+    """
+
+    def __init__(self, root: Path, work: Path, plan_digest: str, progress: Progress) -> None:
+        self.root, self.work, self.plan_digest = root, work, plan_digest
+        self.finished: Manifest | None = None
+        self._progress = progress
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unlock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def lock(self) -> None:
+        """Create and lock the folder that is written to; OutputConflict when another run holds it."""
+        with writing(self.work):
+            if not self.work.exists():
+                self.work.mkdir(parents=True, exist_ok=True)
+                sync_directory(self.work.parent)
+            self._fd = os.open(self.work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        held = try_lock(self._fd)
+        if held is None:
+            self._progress.note(f"{self.work}: this filesystem cannot lock folders; only the journal is locked")
+        if held is False or os.fstat(self._fd).st_ino != _inode(self.work):
+            raise busy(self.work)
+
+    def replace_old(self) -> None:
+        """Exchange the finished build with the folder that it replaces, and remove that one if mxconv made it."""
+        if self.work == self.root:
+            return
+        with writing(self.root):
+            if not exchange(self.work, self.root):
+                _rename_twice(self.work, self.root)
+            sync_directory(self.root.parent)
+        reach("exchanged")
+        _dispose(self.work, self.root, self._progress)
+        reach("old-removed")
+
+
+def _inode(path: Path) -> int:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return -1
+
+
+def _rename_twice(new: Path, root: Path) -> None:
+    # for filesystems without an atomic exchange; a crash in between leaves no root, and the next run finds the build beside it
+    aside = new.with_suffix(".old")
+    os.rename(root, aside)
+    os.rename(new, root)
+    os.rename(aside, new)
+
+
+def _free_name(root: Path) -> Path:
+    candidates = (root.with_name(f"{root.name}.replaced{f'-{n}' if n else ''}") for n in range(1_000_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a folder, what tells that mxconv made it last, so that a crash in between leaves it recognisable."""
+    names = sorted(os.listdir(path), key=lambda name: name in (MANIFEST_NAME, JOURNAL_NAME))
+    for name in names:
+        child = path / name
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+    path.rmdir()
+
+
+def _dispose(old: Path, root: Path, progress: Progress) -> None:
+    """Remove the folder `old` that `root` replaced; what mxconv did not make is given a visible name instead."""
+    with writing(old):
+        if state_of(old) == "other":
+            kept = _free_name(root)
+            os.rename(old, kept)
+            progress.note(f"{kept}: what was there before; mxconv did not make it and so did not remove it")
+        else:
+            _remove_tree(old)
+        sync_directory(root.parent)
+
+
+def open_output(
+    root: Path, *, plan_digest: str, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
+) -> Output:
+    """Lock and prepare the output folder `root` by the rules above.
+
+    Raises OutputConflict when the folder is taken, ResourceError when it cannot be written, IntegrityError when the manifest of
+    the artifact that is to be resumed was changed.
+    """
+    root = Path(os.path.realpath(root))
+    if root.exists() and not root.is_dir():
+        raise OutputConflict("the output path is a file", where=root, hint="choose a folder")
+    beside = beside_path(root, plan_digest)
+    _recover_rename(root, beside)
+    state = state_of(root)
+    in_place = state == "empty" or not overwrite or (resume and _plan_of(root, state) == plan_digest)
+    if in_place:
+        _refuse(root, state, resume)
+    output = Output(root, root if in_place else beside, plan_digest, progress)
+    try:
+        output.lock()
+        if in_place:
+            _prepare_root(output, resume, progress)
+        else:
+            _prepare_beside(output, resume, progress)
+    except BaseException:
+        output.close()
+        raise
+    return output
+
+
+def _recover_rename(root: Path, beside: Path) -> None:
+    """After a crash inside `_rename_twice`: the new artifact gets its name, what it replaced is put where it is disposed of."""
+    aside = beside.with_suffix(".old")
+    if not aside.exists():
+        return
+    with writing(root):
+        if not root.exists():
+            os.rename(beside if state_of(beside) == "finished" else aside, root)
+        if aside.exists() and not beside.exists():
+            os.rename(aside, beside)
+
+
+def _plan_of(folder: Path, state: State) -> str | None:
+    """The plan that a folder's manifest or journal names, None when it names none that can be read."""
+    if state != "finished":
+        return journal_plan(folder)
+    try:
+        return read_manifest(folder).plan_digest
+    except MxconvError:
+        return None
+
+
+def _refuse(root: Path, state: State, resume: bool) -> None:
+    if state == "empty" or (resume and state != "other"):
+        return
+    what, hint = _TAKEN[state]
+    raise OutputConflict(what, where=root, hint=hint)
+
+
+def _prepare_root(output: Output, resume: bool, progress: Progress) -> None:
+    state = state_of(output.root)  # again, now that nobody else can change it
+    _refuse(output.root, state, resume)
+    if state != "finished":
+        return
+    manifest = read_manifest(output.root)
+    if manifest.plan_digest != output.plan_digest:
+        raise OutputConflict(
+            "the finished artifact there is of another plan", where=output.root, expected=f"plan {output.plan_digest}",
+            got=f"plan {manifest.plan_digest}", hint="choose another folder, or --overwrite",
+        )  # fmt: skip
+    _finish(output, manifest)
+    beside = Output(output.root, beside_path(output.root, output.plan_digest), output.plan_digest, progress)
+    if beside.work.exists():  # left by a run that was killed between exchange and removal, unless one is at work there
+        with beside:
+            beside.lock()
+            _dispose(beside.work, output.root, progress)
+
+
+def _prepare_beside(output: Output, resume: bool, progress: Progress) -> None:
+    state = state_of(output.work)
+    if resume and state == "finished" and _plan_of(output.work, state) == output.plan_digest:
+        _finish(output, read_manifest(output.work))
+        output.replace_old()
+    elif state != "empty" and not (resume and state == "unfinished"):
+        _dispose(output.work, output.root, progress)
+        output.close()
+        output.lock()
+
+
+def _finish(output: Output, manifest: Manifest) -> None:
+    """The artifact is complete; a run that was killed right after its manifest may have left its journal."""
+    with writing(output.work):
+        (output.work / JOURNAL_NAME).unlink(missing_ok=True)
+    output.finished = manifest

@@ -1,0 +1,235 @@
+"""kill -9 at every named step and at random moments: nothing wrong under a final name, and a resume gives the clean run's bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors
+
+from mxconv.artifact import failpoints, find_artifact, tree_digest
+from mxconv.errors import IncompleteInput, IntegrityError, MxconvError
+from tests.artifact import sample
+
+PUBLISHED = ("manifest-linked", "journal-removed", "exchanged", "old-removed")
+
+
+def in_child(work: Callable[[], object], *, kill_after: float | None = None) -> int:
+    """Run `work` in a forked child; its wait status. The child dies by a failpoint, by SIGKILL after some seconds, or ends well."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def die_at(name: str, count: int, root: Path, **options: bool) -> int:
+    def work() -> None:
+        failpoints.arm(name, count)
+        sample.run(root, **options)
+
+    return in_child(work)
+
+
+def assert_nothing_wrong(root: Path, *, published: bool) -> None:
+    """What a reader may find after a crash: final names that are right, no artifact before the manifest, no parsing part."""
+    assert sample.wrong_files(root) == []
+    for part in root.rglob(".*.safetensors.*.part"):
+        final = part.with_name(part.name[1:].rsplit(".", 2)[0])
+        try:
+            safetensors.deserialize(part.read_bytes())
+        except safetensors.SafetensorError:
+            continue
+        part_root = root.parent / "parsed"
+        target = part_root / final.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(part, target)
+        assert sample.wrong_files(part_root) == []  # the length came last: whatever parses is whole
+        shutil.rmtree(part_root)
+    if published:
+        assert find_artifact(root) is not None
+    elif list(root.rglob("*")):
+        with pytest.raises(IncompleteInput):
+            find_artifact(root)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("clean") / "out"
+    sample.run(root)
+    return tree_digest(root)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", [name for name in failpoints.NAMES if name not in ("exchanged", "old-removed")])
+def test_killed_at_every_step_then_resumed(name: str, count: int, tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+    status = die_at(name, count, root)
+    once = name.startswith(("config", "manifest", "journal"))
+    if count > 1 and once:
+        assert status == 0 and tree_digest(root) == clean
+        return
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert_nothing_wrong(root, published=name in PUBLISHED)
+    committed = sum(b'"kind":"unit"' in line for line in journal_lines(root))
+    _, computed = sample.run(root, resume=True)
+    assert tree_digest(root) == clean
+    assert len(computed) == (0 if name in PUBLISHED else len(sample.units()) - committed)
+
+
+def journal_lines(root: Path) -> list[bytes]:
+    path = root / ".mxconv.journal"
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("name", failpoints.NAMES)
+@pytest.mark.parametrize("again", ["resume", "overwrite", "both"])
+def test_killed_while_overwriting(name: str, again: str, tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+    sample.run(root, plan=sample.OTHER_PLAN)
+    before = tree_digest(root)
+    status = die_at(name, 1, root, overwrite=True)
+    assert os.WIFSIGNALED(status)
+    exchanged = name in ("exchanged", "old-removed")
+    if not exchanged:
+        assert tree_digest(root) == before  # the old artifact is untouched until the exchange
+    if again == "resume" and not exchanged:
+        with pytest.raises(MxconvError) as raised:
+            sample.run(root, resume=True)
+        assert raised.value.exit_code == 5 and tree_digest(root) == before
+        return
+    _, computed = sample.run(root, resume=again != "overwrite", overwrite=again != "resume")
+    assert tree_digest(root) == clean and os.listdir(tmp_path) == ["out"]
+    if again == "overwrite":
+        assert set(computed) == set(sample.units())
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.thorough)])
+def test_killed_at_random_moments(kills: int, tmp_path: Path, clean: str) -> None:
+    random_ = random.Random(2)
+    root = tmp_path / "out"
+    rounds = died = 0
+    while died < kills:
+        rounds += 1
+        status = in_child(
+            lambda: sample.run(root, resume=True, on_unit=lambda _: time.sleep(0.004)), kill_after=random_.uniform(0.0, 0.15)
+        )
+        died += os.WIFSIGNALED(status)
+        assert_nothing_wrong(root, published=(root / "manifest.json").exists())
+        if (root / "manifest.json").exists():
+            sample.run(root, resume=True)
+            assert tree_digest(root) == clean
+            shutil.rmtree(root)
+    sample.run(root, resume=True)
+    assert tree_digest(root) == clean
+
+
+def crash_after(root: Path, units: int) -> None:
+    """An unfinished run with `units` units committed."""
+    status = die_at("unit-journaled", units, root)
+    assert os.WIFSIGNALED(status)
+
+
+def test_a_resume_redoes_only_what_is_not_on_the_disk(tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+    crash_after(root, 11)
+    part = next(root.glob("rank1/.model-00001*.part"))
+    with open(part, "r+b") as file:  # a byte of rank 1's embed.0 and of nothing else
+        file.seek(sample.files()[2].offsets["embed"])
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 255]))
+    _, computed = sample.run(root, resume=True)
+    assert "embed.0" in computed and len(computed) == len(sample.units()) - 11 + 1
+    assert tree_digest(root) == clean
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "flipped line"])
+def test_a_damaged_journal_is_cut_and_the_rest_is_done_again(damage: str, tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+    crash_after(root, 6)
+    journal = root / ".mxconv.journal"
+    raw = journal.read_bytes()
+    if damage == "cut":
+        journal.write_bytes(raw[:-9])
+    elif damage == "removed":
+        journal.write_bytes(b"")
+    else:
+        at = raw.index(b'"unit"', raw.index(b"\n", len(raw) // 2))
+        journal.write_bytes(raw[:at] + b"?" + raw[at + 1 :])
+    _, computed = sample.run(root, resume=True)
+    assert len(computed) > len(sample.units()) - 6 and tree_digest(root) == clean
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "header", "replaced by a link"])
+def test_a_damaged_finished_file_goes_back_into_the_making(damage: str, tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+    status = die_at("file-recorded", 4, root)
+    assert os.WIFSIGNALED(status)
+    path = root / sample.files()[0].path
+    raw = bytearray(path.read_bytes())
+    at = {"flip": sample.files()[0].offsets["l2.codes"], "header": 20}.get(damage)
+    if at is not None:
+        raw[at] ^= 4
+        path.write_bytes(raw)
+    elif damage == "cut":
+        path.write_bytes(raw[:-50])
+    else:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(MxconvError) as raised:
+            sample.run(root, resume=True)
+        assert raised.value.exit_code == 5
+        assert (tmp_path / "elsewhere").read_bytes() == raw
+        return
+    _, computed = sample.run(root, resume=True)
+    assert tree_digest(root) == clean
+    assert len(computed) == {"flip": 1, "header": 0}.get(damage, len(computed)) and (damage == "header" or computed)
+
+
+def test_a_redone_unit_that_differs_from_a_finished_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's file stands, rank 1's is damaged: the unit runs again, and must give rank 0 the bytes that stand there."""
+    root = tmp_path / "out"
+    die_at("file-recorded", 4, root)
+    path = root / sample.files()[2].path
+    raw = bytearray(path.read_bytes())
+    raw[sample.files()[2].offsets["l2.codes"]] ^= 1
+    path.write_bytes(raw)
+    original = sample.region_bytes
+    monkeypatch.setattr(sample, "region_bytes", lambda placed, region: original(placed, region) ^ 1)
+    with pytest.raises(IntegrityError, match="came out otherwise"):
+        sample.run(root, resume=True)
+
+
+def test_a_source_that_changed_between_two_runs_is_refused(tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+
+    def stop(unit: str) -> None:
+        if unit == "layer.3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(root, on_unit=stop, source={"model.safetensors": [10, 1, "ab"]})
+    with pytest.raises(IntegrityError, match="source changed"):
+        sample.run(root, resume=True, source={"model.safetensors": [10, 2, "ab"]})
+    sample.run(root, resume=True, source={"model.safetensors": [10, 1, "ab"]})
+    assert tree_digest(root) == clean
+
+
+def test_an_unknown_failpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MxconvError, match="no-such-step"):
+        failpoints.arm("no-such-step")
+    failpoints.reach("journal-created")  # nothing is armed
