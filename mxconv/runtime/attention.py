@@ -23,17 +23,6 @@ CHUNK_TOKENS = 8192
 """Sequences are taken a few at a time, so that projections and scores of many long ones need not be held at once."""
 
 
-def _fused(weights: Weights, layer: int, names: tuple[str, ...], rank: int, dtype: torch.dtype) -> Tensor:
-    """The named weights [out, in] of `rank` one below the other."""
-    parts = [part for name in names for part in weights.read(layer, name, rank)]
-    fused = torch.empty(sum(len(part) for part in parts), parts[0].shape[1], dtype=dtype)
-    row = 0
-    for part in parts:
-        fused[row : row + len(part)] = part
-        row += len(part)
-    return fused
-
-
 class LightningAttention:
     """A lightning layer: silu on q, k and v, decayed linear attention, one norm over all heads of all ranks, a sigmoid gate."""
 
@@ -43,7 +32,7 @@ class LightningAttention:
         self.width = config.num_attention_heads * config.head_dim
         self.inputs, self.norms, self.outputs, self.decays = {}, {}, {}, {}
         for rank in group.ranks:
-            self.inputs[rank] = _fused(weights, layer, ("q", "k", "v", "output_gate"), rank, dtype).to(device)
+            self.inputs[rank] = weights.fused(layer, ("q", "k", "v", "output_gate"), rank, dtype).to(device)
             self.norms[rank] = weights.dense(layer, "linear_norm", rank, dtype).to(device)
             self.outputs[rank] = weights.dense(layer, "attn_out", rank, dtype).to(device)
             self.decays[rank] = LightningDecay(weights.rates(layer, rank), device, statistics_dtype(dtype))
@@ -53,16 +42,17 @@ class LightningAttention:
         heads, gates = {}, {}
         for rank in self.group.ranks:
             heads[rank], gates[rank] = self._attend(rank, h, batch, cache)
-        mean_square = self.group.sum(lambda rank: heads[rank].square().sum(-1, keepdim=True)) / self.width
+        wide = statistics_dtype(h.dtype)
+        mean_square = self.group.sum(lambda rank: heads[rank].to(wide).square().sum(-1, keepdim=True)) / self.width
 
         def partial(rank: int) -> Tensor:
-            normed = scale_by_rms(heads[rank], mean_square, self.norms[rank], h.dtype)
+            normed = scale_by_rms(heads[rank], mean_square, self.norms[rank])
             return F.linear(normed * gates[rank], self.outputs[rank])
 
         return self.group.sum(partial)
 
     def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """(attention output [B, T, N·D] in the statistics dtype, gate [B, T, N·D]) of one rank."""
+        """(attention output [B, T, N·D], gate [B, T, N·D]) of one rank."""
         decay = self.decays[rank]
         fused = F.linear(h, self.inputs[rank])
         width = fused.shape[-1] // 4
@@ -72,7 +62,7 @@ class LightningAttention:
         out, state = lightning(q, k, v, decay, state, batch.mask)
         if cache is not None:
             cache.states[self.layer, rank] = state
-        return out.transpose(1, 2).flatten(2), torch.sigmoid(fused[..., 3 * width :])
+        return out.transpose(1, 2).flatten(2).to(h.dtype), torch.sigmoid(fused[..., 3 * width :])
 
 
 class SoftmaxAttention:
@@ -84,7 +74,7 @@ class SoftmaxAttention:
         self.heads = config.num_attention_heads // group.size
         self.inputs, self.outputs = {}, {}
         for rank in group.ranks:
-            self.inputs[rank] = _fused(weights, layer, ("q", "k", "v"), rank, dtype).to(device)
+            self.inputs[rank] = weights.fused(layer, ("q", "k", "v"), rank, dtype).to(device)
             self.outputs[rank] = weights.dense(layer, "attn_out", rank, dtype).to(device)
 
     def __call__(self, h: Tensor, batch: Batch, cache: Cache | None) -> Tensor:

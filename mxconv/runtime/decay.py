@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mxconv.errors import MalformedInput
+from mxconv.config import LINEAR, ModelConfig
+from mxconv.errors import MalformedInput, printable
 
 BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
@@ -80,20 +81,25 @@ def compare(
     return own.tolist()
 
 
-def block_rates(block: Mapping[str, object], layer: int, heads: int, where: str) -> Sequence[float] | None:
-    """The rates that an artifact's `mxconv` block keeps for `layer` as hex floats, one a head; None when it keeps none."""
-    kept = block.get("slopes")
-    if kept is None:
-        return None
+def block_rates(config: ModelConfig, where: str) -> dict[int, list[float]]:
+    """Layer → rates, one a head, that an artifact's `mxconv` block keeps as hex floats under `slopes`; mostly empty.
+
+    Raises MalformedInput when they are not written as that.
+    """
+    kept = (config.artifact or {}).get("slopes") or {}
     if not isinstance(kept, Mapping):
         raise MalformedInput("mxconv block: slopes is not an object", where=where)
-    values = kept.get(str(layer))
-    if values is None:
-        return None
-    try:
-        rates = [float.fromhex(value) for value in values]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise MalformedInput(f"mxconv block: slopes of layer {layer} are not hex floats", where=where) from None
-    if len(rates) != heads or not all(0.0 <= rate < float("inf") for rate in rates):
-        raise MalformedInput(f"mxconv block: slopes of layer {layer}", where=where, expected=f"{heads} finite rates of at least 0")
-    return rates
+    layers = {str(layer): layer for layer, kind in enumerate(config.layer_types) if kind == LINEAR}
+    found = {}
+    for key, values in kept.items():
+        try:
+            rates = [float.fromhex(value) for value in values]
+        except (TypeError, ValueError):
+            raise MalformedInput(f"mxconv block: slopes of layer {printable(key)} are not hex floats", where=where) from None
+        if key not in layers or len(rates) != config.num_attention_heads or not all(0.0 <= rate < float("inf") for rate in rates):
+            raise MalformedInput(
+                f"mxconv block: slopes of layer {printable(key)}", where=where,
+                expected=f"a lightning layer, {config.num_attention_heads} finite rates of at least 0",
+            )  # fmt: skip
+        found[layers[key]] = rates
+    return found

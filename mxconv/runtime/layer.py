@@ -9,7 +9,7 @@ from mxconv.errors import UsageError
 from mxconv.runtime.attention import attend_in_chunks, make_attention
 from mxconv.runtime.batch import Batch
 from mxconv.runtime.cache import Cache
-from mxconv.runtime.linear import Activations
+from mxconv.runtime.linear import ACTIVATIONS, Activations
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.moe import FeedForward, Observer
 from mxconv.runtime.norm import rms_norm
@@ -38,6 +38,8 @@ class DecoderLayer:
         """Hidden states [B, T, H] → [B, T, H]. `observer` needs all of an activation in one place: one rank."""
         if observer is not None and self._group.size > 1:
             raise UsageError("expert inputs can be observed at tp 1 only", expected="tp 1", got=f"tp {self._group.size}")
+        if activations not in ACTIVATIONS:
+            raise UsageError("unknown way to treat activations", expected=" or ".join(ACTIVATIONS), got=repr(activations))
         h = rms_norm(x, self.attn_norm, self.eps)
         x = self._add(h if self.postnorm else x, attend_in_chunks(self.attention, h, batch, cache), self.attention_factors)
         h = rms_norm(x, self.mlp_norm, self.eps)

@@ -27,6 +27,7 @@ from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import statistics_dtype
 
 Activations = Literal["quantized", "none"]
+ACTIVATIONS = ("quantized", "none")
 
 
 class Projection(Protocol):

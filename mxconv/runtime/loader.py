@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mxconv.checkpoint import ByteReader, Shards, StoredTensor
-from mxconv.config import LINEAR, ModelConfig
+from mxconv.config import ModelConfig
 from mxconv.errors import MalformedInput
 from mxconv.quantize.schemes import Scheme
 from mxconv.runtime import lightning
@@ -73,11 +73,19 @@ class Weights(ABC):
         coded = self.coded(layer, name, rank)
         if coded is not None and self.scheme is not None:
             return decode(coded, self.scheme, name.rsplit(".", 1)[-1], dtype)
-        parts = self.read(layer, name, rank)
+        return self.fused(layer, (name,), rank, dtype)
+
+    def fused(self, layer: int | None, names: Sequence[str], rank: int, dtype: torch.dtype) -> Tensor:
+        """Unquantized weights of `rank` one below the other, [sum of outs, in], widened into place part by part."""
+        parts = [part for name in names for part in self.read(layer, name, rank)]
         if len(parts) == 1:
             return parts[0].to(dtype)
-        joined = torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=dtype)
-        torch.cat([part.to(dtype) for part in parts], out=joined)
+        rows = sum(len(part) for part in parts)
+        # Memory order follows the files: copying [in, out] into [out, in] would be a slow transposition.
+        transposed = parts[0].stride(0) == 1
+        joined = torch.empty(parts[0].shape[1], rows, dtype=dtype).t() if transposed else torch.empty(rows, parts[0].shape[1], dtype=dtype)
+        for part, place in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+            place.copy_(part)
         return joined
 
     def rank_rows(self, name: str) -> int:
@@ -154,6 +162,8 @@ class StoredWeights(Weights):
         last = self.rank_rows(name) if self._table.per_rank else self.config.vocab_size
         low, high = min(first + start, last), min(first + stop, last)
         tensor = self._tensor(part.file, rank)
+        if low == high:
+            return torch.zeros(stop - start, self.config.hidden_size, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
         box: Box = tuple((low, high) if axis == "V" else (0, self.config.hidden_size) for axis in part.axes)
         found = self._load(tensor, tensor.shape, box, rank)
         found = found.t() if part.transposed else found
@@ -251,8 +261,3 @@ def put_back(rows: Tensor, config: ModelConfig) -> Tensor:
     first, second = list(range(half)), list(range(size // 2, size // 2 + half))
     rest = [slot for slot in range(size) if slot not in {*first, *second}]
     return rows.unflatten(0, (-1, size))[:, [*first, *second, *rest]].flatten(0, 1)
-
-
-def lightning_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Indices of the lightning layers."""
-    return tuple(layer for layer, kind in enumerate(config.layer_types) if kind == LINEAR)

@@ -73,8 +73,15 @@ class Model:
         if last is not None:
             x = x[:, max(0, x.shape[1] - last) :]
         x = self.final_norm(x)
-        blocks = [logits.to(torch.float32) for _, logits in self.head_blocks(x)]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+        vocabulary = self.config.vocab_size
+        out = torch.empty(0)
+        for start, logits in self.head_blocks(x):
+            if logits.shape[-1] == vocabulary:
+                return logits.to(torch.float32)
+            if start == 0:
+                out = torch.empty(*x.shape[:-1], vocabulary, dtype=torch.float32, device=x.device)
+            out[..., start : start + logits.shape[-1]] = logits
+        return out
 
     def cache(self) -> Cache:
         """An empty cache for one batch of sequences."""

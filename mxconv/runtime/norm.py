@@ -24,6 +24,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def scale_by_rms(x: Tensor, mean_square: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A slice of a norm whose mean of squares [..., 1] was taken over more than the slice, in `dtype`."""
-    return weight * (x * torch.rsqrt(mean_square + LINEAR_NORM_EPS)).to(dtype)
+def scale_by_rms(x: Tensor, mean_square: Tensor, weight: Tensor) -> Tensor:
+    """The lightning norm of a slice, whose mean of squares [..., 1] was taken over all slices; in the dtype of `x`."""
+    return weight * (x * torch.rsqrt(mean_square + LINEAR_NORM_EPS)).to(x.dtype)

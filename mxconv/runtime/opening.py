@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from mxconv.checkpoint import ByteReader, Shards, rank_folders, read_shards
-from mxconv.config import ModelConfig, read_config
+from mxconv.config import LINEAR, ModelConfig, read_config
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, UsageError, printable, raise_all
 from mxconv.quantize.schemes import FP8_BLOCK, Scheme, scheme_from_block
 from mxconv.runtime import decay, lightning
 from mxconv.runtime.coded import PACKED_CODES
 from mxconv.runtime.expectation import differences
 from mxconv.runtime.layouts import LAYOUTS
-from mxconv.runtime.loader import StoredWeights, Weights, lightning_layers
+from mxconv.runtime.loader import StoredWeights, Weights
 from mxconv.runtime.merged import MergedWeights
 from mxconv.runtime.sizes import check_tp, vocabulary_rows
 from mxconv.tensors import TORCH_NAMES
@@ -40,7 +40,7 @@ def open_weights(path: str | Path, *, tp: int | None = None, merge: bool = False
     if block is None:
         if _unfinished(root):
             raise _no_manifest(root)
-        weights = _source(root, config, tp or 1, config.dialect, keep_decay)
+        weights = _source(root, config, tp or 1, keep_decay)
     else:
         weights = _artifact(root, config, block, tp, keep_decay)
     return MergedWeights(weights) if merge and weights.tp > 1 else weights
@@ -67,7 +67,7 @@ def _artifact(root: Path, config: ModelConfig, block: Mapping[str, object], tp: 
     if not isinstance(name, str) or name not in LAYOUTS:
         raise UsageError("the runtime does not read this layout", where=where, expected=" or ".join(LAYOUTS), got=repr(name))
     if not LAYOUTS[name].per_rank:
-        return _source(root, config, tp or 1, name, keep_decay)
+        return _source(root, config, tp or 1, keep_decay)
     if isinstance(own, bool) or not isinstance(own, int):
         raise MalformedInput("mxconv block: tp is not a number of ranks", where=where, got=repr(own))
     if tp not in (None, own):
@@ -82,15 +82,12 @@ def _artifact(root: Path, config: ModelConfig, block: Mapping[str, object], tp: 
     shards = [read_shards(folder) for folder in folders]
     for each in shards:
         each.require()
-    heads = config.num_attention_heads
-    kept = {layer: decay.block_rates(block, layer, heads, where) for layer in lightning_layers(config)}
     scheme = scheme_from_block(block, where)
     if scheme is not None:
         _check_scheme(config, scheme, own, where)
     weights = StoredWeights(
-        config, LAYOUTS[name], name, shards, tp=own, scheme=scheme,
-        kept_rates={layer: rates for layer, rates in kept.items() if rates is not None},
-    )  # fmt: skip
+        config, LAYOUTS[name], name, shards, tp=own, scheme=scheme, kept_rates=decay.block_rates(config, where)
+    )
     _check_files(weights, shards)
     return weights
 
@@ -108,12 +105,12 @@ def _check_scheme(config: ModelConfig, scheme: Scheme, tp: int, where: str) -> N
             )  # fmt: skip
 
 
-def _source(root: Path, config: ModelConfig, tp: int, name: str, keep_decay: bool) -> Weights:
+def _source(root: Path, config: ModelConfig, tp: int, keep_decay: bool) -> Weights:
     check_tp(config, tp)
     shards = read_shards(root)
     shards.require()
-    kept = _stored_rates(config, shards, keep_decay)
-    weights = StoredWeights(config, LAYOUTS[name], name, [shards], tp=tp, kept_rates=kept)
+    kept = _stored_rates(config, shards, decay.block_rates(config, str(root / "config.json")), keep_decay)
+    weights = StoredWeights(config, LAYOUTS[config.dialect], config.dialect, [shards], tp=tp, kept_rates=kept)
     _check_files(weights, [shards])
     if config.tie_word_embeddings and "lm_head.weight" in shards.tensors:
         _check_tied(weights, root)
@@ -143,11 +140,18 @@ def _check_tied(weights: StoredWeights, root: Path) -> None:
             )  # fmt: skip
 
 
-def _stored_rates(config: ModelConfig, shards: Shards, keep: bool) -> dict[int, Sequence[float]]:
-    """Rates of the layers whose stored buffers differ from the formula; see decay.py for what is raised."""
-    heads, kept = config.num_attention_heads, {}
+def _buffered_layers(config: ModelConfig) -> tuple[int, ...]:
+    """Layers of which transformers saves decay buffers."""
+    return tuple(i for i, kind in enumerate(config.layer_types) if kind == LINEAR and config.dialect == "minimax")
+
+
+def _stored_rates(
+    config: ModelConfig, shards: Shards, recorded: Mapping[int, Sequence[float]], keep: bool
+) -> dict[int, Sequence[float]]:
+    """`recorded` rates, and those of the layers whose stored buffers differ from formula and record; see decay.py for errors."""
+    heads, kept = config.num_attention_heads, dict(recorded)
     with ByteReader(shards) as reader:
-        for layer in lightning_layers(config) if config.dialect == "minimax" else ():
+        for layer in _buffered_layers(config):
             names = {name: f"model.layers.{layer}.self_attn.{name}" for name in decay.BUFFERS}
             shapes = decay.buffer_shapes(heads, config.block_size)
             stored = {
@@ -158,8 +162,8 @@ def _stored_rates(config: ModelConfig, shards: Shards, keep: bool) -> dict[int, 
                 name: torch.from_numpy(reader.read(tensor)).view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
                 for name, tensor in stored.items()
             }
-            formula = lightning.decay_rates(heads, layer, config.num_layers)
-            rates = decay.compare(buffers, formula, layer=layer, block=config.block_size, keep=keep)
+            known = recorded.get(layer) or lightning.decay_rates(heads, layer, config.num_layers)
+            rates = decay.compare(buffers, known, layer=layer, block=config.block_size, keep=keep)
             if rates is not None:
                 kept[layer] = rates
     return kept

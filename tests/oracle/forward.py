@@ -49,6 +49,10 @@ class Oracle:
     def __init__(self, folder: Path) -> None:
         c, self.t = read(folder)
         self.c = c
+        self.inner = torch.empty(0)
+        """The last input of a down projection."""
+        self.seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        """(layer, expert) → inputs of its two projections, token by token."""
         self.dialect = "minimax" if c["model_type"] == "minimax" else "m1"
         self.heads, self.kv = c["num_attention_heads"], c["num_key_value_heads"]
         self.dim = c.get("head_dim") or c["hidden_size"] // self.heads
@@ -143,9 +147,11 @@ class Oracle:
         return torch.stack(rows)
 
     def swiglu(self, gate: Tensor, up: Tensor, down: Tensor, h: Tensor) -> Tensor:
-        return down @ (silu(gate @ h) * (up @ h))
+        self.inner = silu(gate @ h) * (up @ h)
+        return down @ self.inner
 
     def expert(self, p: str, e: int, h: Tensor) -> Tensor:
+        """One routed expert's output of one token [H]."""
         if p + "mlp.experts.down_proj" in self.t:
             gate, up = self.t[p + "mlp.experts.gate_up_proj"][e].to(F64).chunk(2)
             return self.swiglu(gate, up, self.t[p + "mlp.experts.down_proj"][e].to(F64), h)
@@ -161,7 +167,10 @@ class Oracle:
             share = share / share.sum()
             top = sorted(range(len(share)), key=lambda e: -share[e])[: self.c["num_experts_per_tok"]]
             total = sum(share[e] for e in top)
-            y = sum(share[e] / total * self.expert(p, e, h) for e in top)
+            y = torch.zeros_like(h)
+            for e in top:
+                y = y + share[e] / total * self.expert(p, e, h)
+                self.seen.setdefault((int(p.split(".")[2]), e), []).append((h, self.inner))
         if p + "coefficient.weight" in self.t:
             c = sigmoid(self.w(p + "coefficient.weight") @ h)
             beside = self.swiglu(*(self.w(f"{p}shared_mlp.{name}_proj.weight") for name in ("gate", "up", "down")), h)
