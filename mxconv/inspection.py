@@ -15,12 +15,12 @@ from mxconv.artifact import Manifest, find_artifact
 from mxconv.config import ModelConfig, read_config
 from mxconv.console import Console
 from mxconv.draw import Column, count, size
-from mxconv.errors import EXIT_OK, MxconvError, Problems
+from mxconv.errors import EXIT_OK, MxconvError, UsageError
 from mxconv.mapping.tables import TABLES
 from mxconv.plan import Plan, Request, build_plan
 from mxconv.plan.build import group_sizes, summary
 from mxconv.plan.targets import tp_reasons, valid_tp
-from mxconv.quantize.schemes import SCHEMES, Scheme
+from mxconv.quantize.schemes import Scheme
 from mxconv.source import Source, open_source
 
 TP_SHOWN = (1, 2, 4, 8, 16)
@@ -73,17 +73,31 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    path: Path, request: Request, *, drop: Sequence[str], workers: int, memory_bytes: int, output: Path | None = None
+    path: Path, request: Request, *, drop: Sequence[str] = (), workers: int = 1, memory_bytes: int = 1 << 30, output: Path | None = None
 ) -> Inspection:
     """Look at `path` and plan `request` on it; failures of the plan are part of the result."""
     source = open_source(path, drop=drop)
-    table = TABLES[request.layout or source.config.dialect]
+    if request.layout is not None and request.layout not in TABLES:
+        raise UsageError(f"unknown layout {request.layout!r}", expected=" or ".join(TABLES))
     plan: Plan | None = None
     failure: MxconvError | None = None
     try:
         plan = build_plan(source, request)
     except MxconvError as error:
         failure = error
+    return _inspection(source, request, plan, failure, workers=workers, memory_bytes=memory_bytes, output=output)
+
+
+def inspect_prepared(source: Source, plan: Plan, *, workers: int, memory_bytes: int, output: Path | None) -> Inspection:
+    """The same look at a plan that is made already."""
+    return _inspection(source, plan.request, plan, None, workers=workers, memory_bytes=memory_bytes, output=output)
+
+
+def _inspection(
+    source: Source, request: Request, plan: Plan | None, failure: MxconvError | None, *, workers: int, memory_bytes: int,
+    output: Path | None,
+) -> Inspection:  # fmt: skip
+    table = TABLES[request.layout or source.config.dialect]
     shown = sorted({*TP_SHOWN, request.tp, *([] if not table.ranked else valid_tp(source, table, request.scheme)[:8])})
     reasons = {n: tp_reasons(source, table, request.scheme, n) for n in shown} if table.ranked else {1: []}
     return Inspection(
@@ -261,9 +275,4 @@ def inspect_artifact(path: Path) -> ArtifactInspection | None:
     return ArtifactInspection(root=path, config=config, manifest=manifest)
 
 
-def all_schemes(source: Source) -> list[tuple[str, list[int]]]:
-    """Every scheme with the TP sizes that it can be written for."""
-    return [(name, valid_tp(source, TABLES["fastdeploy"], scheme)) for name, scheme in SCHEMES.items()]
-
-
-__all__ = ["ArtifactInspection", "Inspection", "Problems", "inspect_artifact", "inspect_checkpoint"]
+__all__ = ["ArtifactInspection", "Inspection", "inspect_artifact", "inspect_checkpoint", "inspect_prepared"]

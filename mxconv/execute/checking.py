@@ -7,7 +7,7 @@ import numpy as np
 from mxconv.errors import MalformedInput
 from mxconv.execute.rawbits import Raw, to_float32
 from mxconv.execute.reading import Findings, SourceReader
-from mxconv.mapping.decay import DECAY_BUFFERS, compare_decay, decay_buffer, layer_slopes
+from mxconv.mapping.decay import compare_decay, decay_buffer, layer_slopes
 from mxconv.plan.pieces import BLOCK_BYTES
 from mxconv.plan.values import Plan, Unit
 from mxconv.source import TIED_HEAD
@@ -65,7 +65,10 @@ def run_check_tied(unit: Unit, plan: Plan, reader: SourceReader, findings: Findi
 
 
 def run_decay(unit: Unit, plan: Plan, reader: SourceReader, findings: Findings) -> list[Raw]:
-    """The four buffers of a lightning layer from the formula, float32, for unpatched transformers."""
+    """The buffers of a lightning layer, float32, for unpatched transformers: from the formula, or from slopes once kept."""
     config, layer = plan.target, unit.layer or 0
+    kept = (reader.source.config.artifact or {}).get("slopes", {}).get(str(layer))
     slopes = layer_slopes(config.num_attention_heads, layer, config.num_layers)
-    return [decay_buffer(buffer, slopes, config.block_size) for buffer in DECAY_BUFFERS]
+    if kept is not None:
+        slopes = np.array([float.fromhex(value) for value in kept])
+    return [decay_buffer(output.spec.name.rsplit(".", 1)[1], slopes, config.block_size) for output in unit.outputs]

@@ -57,6 +57,7 @@ def source_record(source: Source) -> Mapping[str, Any]:
     return {
         "dialect": source.table.name,
         "config": dict(source.config.raw),
+        "config_text": (source.root / "config.json").read_text(encoding="utf-8"),
         "dtypes": {name: shards.tensors[name].dtype for name in names},
         "weight_map": {name: files[name] for name in names},
         "index_metadata": dict(shards.index_metadata),

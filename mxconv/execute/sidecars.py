@@ -30,6 +30,8 @@ def sidecars(source: Source, work: Path, statistics: Statistics | None) -> dict[
 
 def config_bytes(plan: Plan, slopes: Mapping[str, Sequence[str]]) -> bytes:
     """config.json; kept decay slopes, known only after reading, go into its `mxconv` block."""
+    if plan.config_text is not None:
+        return plan.config_text.encode()
     config = dict(plan.config)
     if slopes:
         config["mxconv"] = {**config["mxconv"], "slopes": {layer: list(values) for layer, values in slopes.items()}}

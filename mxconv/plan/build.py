@@ -47,7 +47,7 @@ def build_plan(source: Source, request: Request) -> Plan:
     )  # fmt: skip
     return Plan(
         request=request, layout=target.layout, source_digest=source.headers_digest(), source_summary=summary(source),
-        config=target.config, target=target.model, files=files, rank_files=rank_files, file_of=file_of, units=units,
+        config=target.config, config_text=target.config_text, target=target.model, files=files, rank_files=rank_files, file_of=file_of, units=units,
         groups=group_sizes(source, units), notes=(*source.notes, *_notes(source, request, ignored)),
         dropped=source.dropped, ignored_layers=ignored, numerics=numerics, numerics_digest=digest(numerics),
         placement_digest=digest(placement), index_metadata=target.index_metadata, with_index=target.with_index,
@@ -92,7 +92,7 @@ def _units(source: Source, request: Request, target: Target, quantized: Sequence
     if request.scheme is not None:
         yield from quantize_units(source.config, request.scheme, source.bound, request.tp, quantized)
     if target.table.rope_permuted:
-        yield from decay_units(target.model)
+        yield from decay_units(target.model, target.weight_map)
 
 
 def natural(name: str) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from mxconv.config import LINEAR, ModelConfig
 from mxconv.mapping.decay import DECAY_BUFFERS, decay_shapes
@@ -34,13 +34,19 @@ def check_units(source: Source) -> Iterator[Unit]:
         )  # fmt: skip
 
 
-def decay_units(config: ModelConfig) -> Iterator[Unit]:
-    """Units that write the four buffers of every lightning layer (float32)."""
+def decay_units(config: ModelConfig, wanted: Collection[str] | None) -> Iterator[Unit]:
+    """Units that write the four buffers of every lightning layer (float32); only those in `wanted`, where that is given."""
     shapes = decay_shapes(config.num_attention_heads, config.block_size)
     for layer, kind in enumerate(config.layer_types):
         if kind != LINEAR:
             continue
-        specs = [TensorSpec(name=name, dtype="F32", shape=shapes[buffer]) for buffer, name in buffer_names(layer).items()]
+        specs = [
+            TensorSpec(name=name, dtype="F32", shape=shapes[buffer])
+            for buffer, name in buffer_names(layer).items()
+            if wanted is None or name in wanted
+        ]
+        if not specs:
+            continue
         outputs = tuple(Output(rank=0, spec=spec, box=whole(spec.shape)) for spec in specs)
         yield Unit(
             id=f"model.layers.{layer}.self_attn decay buffers", op="decay", group="decay", layer=layer, reads=(), outputs=outputs,

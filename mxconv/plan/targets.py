@@ -37,6 +37,8 @@ class Target:
     weight_map: Mapping[str, str] | None
     index_metadata: Mapping[str, Any]
     with_index: bool
+    config_text: str | None = None
+    """config.json as the source spelled it, where its own form is rebuilt."""
 
 
 def target_layout(source: Source, request: Request) -> tuple[str, bool]:
@@ -87,7 +89,7 @@ def valid_tp(source: Source, table: Table, scheme: Scheme | None) -> list[int]:
 
 def quantization_fields(scheme: Scheme) -> dict[str, Any]:
     """`quantization_config` of the fastdeploy layout without its constant first key (formats.md §2)."""
-    fields: dict[str, Any] = {"moe_quant_type": scheme.name}
+    fields: dict[str, Any] = {"moe_quant_type": scheme.quant_type}
     if scheme.dynamic_flag is not None:
         fields["moe_dynamic_quant"] = scheme.dynamic_flag
     block = max(scheme.rotation.values())
@@ -114,6 +116,8 @@ def make_target(source: Source, request: Request, kept: tuple[Parameter, ...], i
     if own and source.manifest is not None:
         return _own_form(source, table, source.manifest.body["source"])
     block = artifact_block(request, layout, ignored_layers)
+    if source.config.artifact is not None and "slopes" in source.config.artifact:
+        block["slopes"] = source.config.artifact["slopes"]  # decay that was kept once is kept in every later form
     if layout == "fastdeploy":
         fields = quantization_fields(request.scheme) if request.scheme is not None else None
         config = fastdeploy_config(source.config, quantization=fields, block=block)
@@ -154,6 +158,7 @@ def _own_form(source: Source, table: Table, origin: Mapping[str, Any]) -> Target
     return Target(
         layout=table.name, table=table, config=origin["config"], model=model, containers=tuple(containers),
         weight_map=origin["weight_map"], index_metadata=origin["index_metadata"], with_index=origin["with_index"],
+        config_text=origin["config_text"],
     )  # fmt: skip
 
 

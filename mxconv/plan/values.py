@@ -117,6 +117,8 @@ class Plan:
     source_summary: Mapping[str, Any]
     config: Mapping[str, Any]
     """The artifact's config.json."""
+    config_text: str | None
+    """Its text, where a checkpoint is rebuilt and the text is the original's."""
     target: ModelConfig
     files: tuple[PlacedFile, ...]
     rank_files: tuple[tuple[int, ...], ...]

@@ -60,6 +60,8 @@ class Scheme:
     """Projection (`up_gate_proj`, `down_proj`) → Hadamard block b, 0 for none."""
     scale_orientation: Literal["in,out", "out,in", "out", "one"]
     """Axes of the stored `weight_scale`."""
+    quant_type: str
+    """`moe_quant_type` of quantization_config: the consumer tells static and dynamic w4afp8 apart by another key."""
     is_permuted: bool
     dynamic_flag: bool | None
     """`moe_dynamic_quant` of quantization_config; None leaves the key out."""
@@ -115,27 +117,27 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         for scheme in (
             Scheme(
                 name="w4afp8", weight="int4", granularity="group", group_size=128, activation=_E4M3_TOKEN,
-                rotation=_rotation(0, 128), scale_orientation="out,in", is_permuted=False, dynamic_flag=True,
+                rotation=_rotation(0, 128), scale_orientation="out,in", quant_type="w4afp8", is_permuted=False, dynamic_flag=True,
                 summary="int4 weights in groups of 128 inputs, e4m3 activations scaled per token",
             ),
             Scheme(
                 name="w4afp8_static", weight="int4", granularity="group", group_size=128, activation=_E4M3_STATIC,
-                rotation=_rotation(0, 128), scale_orientation="in,out", is_permuted=False, dynamic_flag=False,
+                rotation=_rotation(0, 128), scale_orientation="in,out", quant_type="w4afp8", is_permuted=False, dynamic_flag=False,
                 summary="int4 weights in groups of 128 inputs, e4m3 activations with one calibrated scale",
             ),
             Scheme(
                 name="w4a8", weight="int4", granularity="channel", group_size=None, activation=_INT8_STATIC,
-                rotation=_rotation(0, 128), scale_orientation="out", is_permuted=False, dynamic_flag=False,
+                rotation=_rotation(0, 128), scale_orientation="out", quant_type="w4a8", is_permuted=False, dynamic_flag=False,
                 summary="int4 weights per output channel, int8 activations with one calibrated scale",
             ),
             Scheme(
                 name="block_wise_fp8", weight="e4m3", granularity="block", group_size=None, activation=_E4M3_TOKEN_GROUP,
-                rotation=_rotation(0, 0), scale_orientation="in,out", is_permuted=True, dynamic_flag=None,
+                rotation=_rotation(0, 0), scale_orientation="in,out", quant_type="block_wise_fp8", is_permuted=True, dynamic_flag=None,
                 summary="e4m3 weights in blocks of 128×128, e4m3 activations scaled per token and 128 inputs",
             ),
             Scheme(
                 name="tensor_wise_fp8", weight="e4m3", granularity="tensor", group_size=None, activation=_E4M3_TENSOR,
-                rotation=_rotation(32, 32), scale_orientation="one", is_permuted=True, dynamic_flag=False,
+                rotation=_rotation(32, 32), scale_orientation="one", quant_type="tensor_wise_fp8", is_permuted=True, dynamic_flag=False,
                 summary="e4m3 weights with one scale a tensor, e4m3 activations with one calibrated scale",
             ),
         )

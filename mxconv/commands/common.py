@@ -1,0 +1,164 @@
+"""What the commands share: options as one table, and a session that turns failures into messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mxconv.console import Console
+from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, UsageError
+from mxconv.settings import Settings, resolve
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+# Values are parsed by settings.py, so that a flag, a variable and a file are read alike: every flag is text here.
+OPTIONS: Mapping[str, Callable[[F], F]] = {
+    "tp": click.option("--tp", metavar="N", help="Tensor-parallel ranks."),
+    "layout": click.option("--layout", metavar="NAME", help="Layout: fastdeploy, minimax-m1, minimax, or source (what an artifact was made from)."),
+    "scheme": click.option("--scheme", metavar="NAME", help="w4afp8 (default), w4afp8_static, w4a8, block_wise_fp8 or tensor_wise_fp8."),
+    "group_size": click.option("--group-size", metavar="N", help="Inputs that share an int4 scale: a multiple of 128, or channel (w4afp8_static)."),
+    "hadamard_block": click.option("--hadamard-block", metavar="N", help="Rotation block of the int4 schemes: 128, 256, 512 or 1024."),
+    "device": click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N."),
+    "workers": click.option("--workers", metavar="N", help="Units at a time (default: the cores)."),
+    "memory": click.option("--memory", metavar="SIZE", help="Memory for tensors, as 2GiB or 512M (default 1GiB)."),
+    "calibration": click.option("--calibration", metavar="FILE", help="Calibration text, or token ids as .npy (default: a built-in text)."),
+    "ignore": click.option("--ignore", metavar="PATTERN", multiple=True, help="Keep the experts of these layers unquantized (glob of tensor names)."),
+    "drop": click.option("--drop", metavar="PATTERN", multiple=True, help="Leave unexpected tensors out (glob of tensor names)."),
+    "keep_decay": click.option("--keep-decay", is_flag=True, default=None, help="Accept stored decay buffers that are not the model's formula, and use them."),
+    "resume": click.option("--resume", is_flag=True, help="Go on with an interrupted run, or check a finished one."),
+    "overwrite": click.option("--overwrite", is_flag=True, help="Replace what is in the output folder, at the very end."),
+    "dry_run": click.option("--dry-run", is_flag=True, help="Plan and report; write nothing."),
+    "plan": click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="Write the whole plan as JSON."),
+    "config": click.option("--config", metavar="FILE", help="Settings file (default ./mxconv.toml)."),
+    "json": click.option("--json", is_flag=True, default=None, help="JSON for machines on stdout."),
+    "quiet": click.option("-q", "--quiet", is_flag=True, default=None, help="Errors, warnings and data only."),
+    "verbose": click.option("-v", "--verbose", count=True, help="Say more; -vv for debug lines."),
+    "progress": click.option("--no-progress", "progress", is_flag=True, flag_value=False, default=None, help="No progress."),
+}  # fmt: skip
+EVERYWHERE = ("config", "json", "quiet", "verbose", "progress")
+
+
+def options(*names: str) -> Callable[[F], F]:
+    """A decorator that adds the options `names` and those that every command has."""
+
+    def add(function: F) -> F:
+        for name in reversed((*names, *EVERYWHERE)):
+            function = OPTIONS[name](function)
+        return function
+
+    return add
+
+
+@contextmanager
+def session(command: str, flags: Mapping[str, Any], *, stream: bool = False) -> Iterator[tuple[Settings, Console]]:
+    """Settings and a console for one command; an error inside is shown and ends the process with its exit code."""
+    given = {name: (value or None) if name == "verbose" else value for name, value in flags.items()}
+    console = Console(json=bool(flags.get("json")), stream=stream)
+    try:
+        settings = resolve(given, command=command)
+        console = Console(
+            json=settings.json, stream=stream, quiet=settings.quiet, verbose=settings.verbose, progress=settings.progress
+        )  # fmt: skip
+        with console, _terminable(), _logged(console):
+            for note in settings.notes:
+                console.note(note)
+            for line in settings.describe():
+                console.detail(line)
+            yield settings, console
+    except MxconvError as error:
+        console.error(error)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.error(Interrupted("stopped by interrupt"))
+        raise SystemExit(130) from None
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except MemoryError:
+        from mxconv.errors import ResourceError
+
+        error = ResourceError("out of memory", hint="lower --memory or --workers, or give the machine more")
+        console.error(error)
+        raise SystemExit(error.exit_code) from None
+    except Exception as unexpected:
+        traceback.print_exc()
+        console.error(MxconvError(f"a bug in mxconv: {type(unexpected).__name__}: {unexpected}", hint="please report it with the lines above"))
+        raise SystemExit(EXIT_BUG) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command through its clean-up, with exit code 143 (a run with a journal installs its own handling)."""
+
+    def handle(number: int, frame: object) -> None:
+        raise Interrupted("stopped by SIGTERM", exit_code=EXIT_SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _logged(console: Console) -> Iterator[None]:
+    logger = logging.getLogger("mxconv")
+    handler = console.logging_handler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if console.verbose > 1 else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def choose_layout(settings: Settings, source: Path) -> str | None:
+    """The layout to write; None, the source's own form, when an artifact is converted and nothing else was asked for."""
+    from mxconv.config import read_config
+
+    if settings.layout == "source":
+        return None
+    if not settings.stated("layout") and read_config(source).artifact is not None:
+        return None
+    return settings.layout
+
+
+def require_one(resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Raise UsageError for flags that contradict each other."""
+    if dry_run and (resume or overwrite):
+        raise UsageError("--dry-run writes nothing", hint="leave out --resume and --overwrite")
+
+
+def write_plan(path: Path | None, document: Mapping[str, Any]) -> None:
+    """The whole plan as canonical JSON in a new file."""
+    if path is None:
+        return
+    from mxconv.plan.values import canonical_json
+
+    try:
+        with open(path, "xb") as file:
+            file.write(canonical_json(document) + b"\n")
+    except FileExistsError:
+        from mxconv.errors import OutputConflict
+
+        raise OutputConflict("file exists already", where=path, hint="choose another name for the plan") from None
+    except OSError as error:
+        from mxconv.errors import ResourceError
+
+        raise ResourceError(f"cannot write the plan: {error.strerror}", where=path) from None
+
+
+def columns(values: Sequence[object]) -> str:
+    """Values side by side in one line."""
+    return " · ".join(str(value) for value in values)
