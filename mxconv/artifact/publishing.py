@@ -71,11 +71,14 @@ def read_sidecar(path: Path) -> bytes:
         raise IncompleteInput("file is missing", where=path) from None
     except OSError as error:
         raise MalformedInput(f"file cannot be opened: {error.strerror}", where=path) from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         check_inside(Path(os.path.realpath(path.parent)), path)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise MalformedInput("not a regular file", where=path)
-        return file.read()
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def put(work: Path, path: str, data: bytes, plan_digest: str, step: str) -> None:
