@@ -76,7 +76,7 @@ class ProjectionEncoder:
 
     rows_multiple: a block's row count is a multiple of it: 128 for fp8 blocks, else 1.
     passes: 2 when the scale is the whole tensor's: `observe` every block first, then `encode` with `reference.tensor_scale`
-    of the largest value observed over gate and up.
+    of the value observed over gate and up.
     tile_rows: blocks of a multiple of it are fastest; 64 to 1024.
     """
 
@@ -92,15 +92,18 @@ class ProjectionEncoder:
         self._kernel = _KERNELS[key](scheme, projection, out_features, in_features)
         self.tile_rows = self._kernel.tile_rows
 
-    def observe(self, rows: Tensor) -> float:
-        """absmax of the rotated rows [n, in], for the schemes of two passes. Raises like `encode`."""
+    def observe(self, rows: Tensor, at_least: float = 0.0) -> float:
+        """The larger of `at_least` and the absmax of the rotated rows [n, in], for the schemes of two passes.
+
+        Handing on the largest value observed so far makes it fast: only blocks that could exceed it are rotated. Raises
+        like `encode`.
+        """
         if not isinstance(self._kernel, E4m3Columns):
             raise UsageError(f"{self.scheme.name} needs no pass over the weights before encoding")
         self._check_rows(rows)
-        largest = 0.0
         for tile, _ in self._tiles(rows):
-            largest = max(largest, self._checked(self._kernel.absmax(tile), rows))
-        return largest
+            at_least = self._checked(self._kernel.absmax(tile, at_least), rows)
+        return at_least
 
     def encode(self, rows: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Codes in stored orientation, int8 [in/2, n] (int4) or [in, n] (e4m3), and scales in canonical orientation.

@@ -7,15 +7,25 @@ rows of them, groups are reduced over rows, and codes come out in the stored ori
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mxconv.quantize.kernels.rows import MAGIC, OFFSET
-from mxconv.quantize.kernels.words import WORD_FORMATS
+from mxconv.quantize.kernels.words import WORD_FORMATS, magnitudes
 from mxconv.quantize.schemes import E4M3_MAX, INT4_MAX
 
-Stage = tuple[Tensor, Tensor, Tensor, Tensor]
+Step = Callable[[], Tensor]
 _OFFSET_EIGHTFOLD = OFFSET * 0x0101_0101_0101_0101 - (1 << 64)
+# Runs of so many floats are read once and stay in the first-level cache while both the sums and the differences are formed.
+FUSED_RUNS = range(512, 4097)
+# absmax: blocks whose bound is so much of the largest bound go first; bounds are sums of `block` float32 roundings.
+FIRST_BLOCKS = 0.8
+BOUND_MARGIN = 1 + 2.0**-12
+_SIGNS = torch.tensor([1.0, -1.0]).view(1, 2, 1)
 
 
 class RotatedTile:
@@ -24,18 +34,20 @@ class RotatedTile:
     block: of the Hadamard matrix, at least 2. divisor: what rotated weights are divided by. One object a thread.
     """
 
-    def __init__(self, in_features: int, block: int, divisor: float, tile_rows: int) -> None:
+    def __init__(
+        self, in_features: int, block: int, divisor: float, tile_rows: int, buffers: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.tile_rows = tile_rows
         self.half = in_features // 2
         self.block = block
         self.divisor = torch.tensor([divisor])
-        self._buffers = tuple(torch.empty(tile_rows * in_features) for _ in range(2))
-        self._stages: dict[int, tuple[Stage, ...]] = {}
+        self._buffers = buffers or (torch.empty(tile_rows * in_features), torch.empty(tile_rows * in_features))
+        self._steps: dict[int, tuple[Step, ...]] = {}
 
-    def planes(self, n: int) -> tuple[Tensor, Tensor]:
-        """The two buffers as [2, in/2, n]; the rotation of n rows ends in the first, the second is scratch."""
-        first, second = (buffer[: 2 * self.half * n].view(2, self.half, n) for buffer in self._buffers)
-        return first, second
+    def of_blocks(self) -> RotatedTile:
+        """The same memory for single blocks as rows: rotates [n, block], as many weights as this tile does."""
+        rows = self.tile_rows * 2 * self.half // self.block
+        return RotatedTile(self.block, self.block, float(self.divisor), rows, self._buffers)
 
     def rotate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(H_block·rows, undivided, scratch): float32 planes [2, in/2, n] each.
@@ -43,32 +55,40 @@ class RotatedTile:
         rows: [n, in], as `words.readable` gives them. Sums that leave float32 come out infinite or NaN.
         """
         n = rows.shape[0]
-        values, scratch = self.planes(n)
-        stages = self._stages.setdefault(n, self._stage_views(n)) if n == self.tile_rows else self._stage_views(n)
+        values, scratch = self._planes(n)
+        source, target = (values, scratch) if self._stage_count % 2 == 0 else (scratch, values)
         form = WORD_FORMATS[rows.dtype]
-        even, odd, _, other = stages[0]
-        # The words lie where the first stage will write; it reads the planes of the other buffer.
-        target = scratch if even.data_ptr() == values.data_ptr() else values
-        words = target.view(-1).view(form.word)[: rows.numel() // 2].view(self.half, n)
+        words = target.view(-1).view(form.word)[: rows.numel() // 2].view(self.half, n)  # spent before a stage writes there
         words.copy_(rows.view(form.word).t())
-        form.split(words, even.view(torch.int32), odd.view(torch.int32))
-        for a, b, plus, minus in stages:
-            torch.add(a, b, out=plus)
-            torch.sub(a, b, out=minus)
+        form.split(words, source[0].view(torch.int32), source[1].view(torch.int32))
+        if n not in self._steps:
+            whole = {rows: steps for rows, steps in self._steps.items() if rows == self.tile_rows}
+            self._steps = {**whole, n: tuple(self._stage_steps(source, target))}  # of whole tiles and of one remainder
+        for step in self._steps[n]:
+            step()
         return values, scratch
 
-    def _stage_views(self, n: int) -> tuple[Stage, ...]:
-        """(a, b, a+b, a−b) of stages 1, 2, 4 … block/2, going to and fro between the buffers so that the last ends in the first."""
-        values, scratch = self.planes(n)
-        count = self.block.bit_length() - 1
-        source, target = (values, scratch) if count % 2 == 0 else (scratch, values)
-        stages = [(source[0], source[1], target[0], target[1])]
-        for distance in (1 << i for i in range(count - 1)):
+    @property
+    def _stage_count(self) -> int:
+        return self.block.bit_length() - 1
+
+    def _planes(self, n: int) -> tuple[Tensor, Tensor]:
+        first, second = (buffer[: 2 * self.half * n].view(2, self.half, n) for buffer in self._buffers)
+        return first, second
+
+    def _stage_steps(self, source: Tensor, target: Tensor) -> Iterator[Step]:
+        """Stages 1, 2, 4 … block/2 as calls that need no argument, going to and fro between the buffers."""
+        n = source.shape[2]
+        for run in (self.half * n, *(n << i for i in range(self._stage_count - 1))):
+            a, b = source.view(-1, 2, run).unbind(1)
+            both = target.view(-1, 2, run)
+            if run in FUSED_RUNS:
+                # a ± 1·b: the product is exact, so that a fused multiply-add rounds like the sum
+                yield partial(torch.addcmul, a[:, None], b[:, None], _SIGNS, out=both)
+            else:
+                yield partial(torch.add, a, b, out=both[:, 0])
+                yield partial(torch.sub, a, b, out=both[:, 1])
             source, target = target, source
-            a, b = source.view(-1, 2, distance * n).unbind(1)
-            plus, minus = target.view(-1, 2, distance * n).unbind(1)
-            stages.append((a, b, plus, minus))
-        return tuple(stages)
 
 
 class Int4Columns:
@@ -113,11 +133,31 @@ class E4m3Columns:
     def __init__(self, tile: RotatedTile) -> None:
         self.tile_rows = tile.tile_rows
         self._tile = tile
+        self._blocks = tile.of_blocks()
+        self._magnitudes = torch.empty(tile.tile_rows * 2 * tile.half, dtype=torch.int32)
+        self._ones = torch.ones(tile.block)
 
-    def absmax(self, rows: Tensor) -> float:
-        """absmax of up to `tile_rows` rotated rows; not finite if a weight is not or the rotation overflows."""
-        low, high = torch.aminmax(self._tile.rotate(rows)[0])
-        return float(torch.maximum(high, -low) / self._tile.divisor)
+    def absmax(self, rows: Tensor, at_least: float) -> float:
+        """The larger of `at_least` and the absmax of up to `tile_rows` rotated rows; not finite if a weight or a sum is not.
+
+        No output of a rotation exceeds Σ|w| over its block, so that most blocks need not be rotated once a large
+        value is known: those with the largest sums go first, and then those whose sums exceed what they gave.
+        """
+        blocks = rows.view(-1, self._tile.block)
+        sizes = magnitudes(rows, self._magnitudes).view(rows.dtype).to(torch.float32)
+        bounds = torch.mv(sizes.view(blocks.shape), self._ones)
+        largest = at_least
+        first = FIRST_BLOCKS * float(bounds.max())
+        for floor in (first, 0.0):
+            # `not below`, so that NaN is rotated too and reported
+            wanted = ~(bounds * BOUND_MARGIN <= max(floor, largest * float(self._tile.divisor)))
+            for chunk in torch.split(blocks[wanted], self._blocks.tile_rows):
+                low, high = torch.aminmax(self._blocks.rotate(chunk)[0])
+                found = float(torch.maximum(high, -low) / self._tile.divisor)
+                if not math.isfinite(found):
+                    return found
+                largest = max(largest, found)
+        return largest
 
     def encode(self, rows: Tensor, codes_out: Tensor, scale: float) -> None:
         """Write the e4m3 bytes, int8 [in, n], of up to `tile_rows` rows."""
