@@ -15,7 +15,7 @@ from mxconv.artifact.check import CheckReport, check_artifact, check_folder, che
 from mxconv.artifact.manifest import FileFact, Manifest, TensorFact, find_artifact, read_manifest, require_artifact
 from mxconv.artifact.output import Output, open_output
 from mxconv.artifact.parts import FileHash, Parts, Region
-from mxconv.artifact.publishing import append_run_log, publish
+from mxconv.artifact.publishing import append_run_log, publish, put
 from mxconv.artifact.tree import tree_digest
 from mxconv.artifact.writer import ArtifactWriter
 
@@ -37,6 +37,7 @@ __all__ = [
     "missing_files",
     "open_output",
     "publish",
+    "put",
     "read_manifest",
     "require_artifact",
     "tree_digest",

@@ -24,9 +24,9 @@ Examples:
 def command(folder: Path, **flags: Any) -> int:
     """Check an artifact against its manifest, byte for byte, or a source checkpoint against its headers and index."""
     with session("check", flags) as (settings, console):
-        from mxconv.artifact import check
+        from mxconv.artifact import check_folder
 
-        report = check(folder, workers=settings.workers, progress=console)
+        report = check_folder(folder, workers=settings.workers, progress=console)
         console.document(
             "check",
             {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mxconv.artifact.publish import put
+from mxconv.artifact import put
 from mxconv.calibrate import FILE_NAME, TOKENS_NAME, Statistics, read_statistics
 from mxconv.calibrate.tokens import load_tokens, tokens_digest
 from mxconv.errors import MalformedInput, MxconvError, UsageError
