@@ -1,0 +1,111 @@
+"""The forward passes of one verification, side by side, and what their logits say about each other.
+
+Lanes: the source in float32, and in bfloat16 for the noise floor; the artifact at its TP size and merged to TP 1, each as served
+(activations quantized) and with its weights alone. An unquantized artifact is the same either way and has one of each pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mxconv.progress import Progress
+from mxconv.runtime import Model, Weights
+from mxconv.verify import reference as stored
+from mxconv.verify.heads import Side, compare
+from mxconv.verify.metrics import Metrics, summarize
+from mxconv.verify.options import Options
+from mxconv.verify.prompts import Prompts
+from mxconv.verify.reference import Reference
+from mxconv.verify.streams import Lane, Trace, layer_errors, run
+
+SOURCE, FLOOR = "source", "bf16"
+SERVED, WEIGHTS_ONLY = "as served", "weights only"
+MERGED_SERVED, MERGED_WEIGHTS_ONLY = "as served, tp 1", "weights only, tp 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsOutcome:
+    """Metrics of (reference, other) lanes, and each lane's relative hidden-state error against the source after every layer."""
+
+    metrics: Mapping[tuple[str, str], Metrics]
+    layers: Mapping[str, list[float]]
+    from_reference: bool
+
+    def against_source(self, lane: str) -> Metrics | None:
+        """The source against `lane`; None without a source or such a lane."""
+        return self.metrics.get((SOURCE, lane))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSide:
+    """The source at TP 1 and the digest of its headers."""
+
+    weights: Weights
+    digest: str
+
+
+def artifact_lanes(weights: Weights, merged: Weights | None, device: torch.device) -> list[Lane]:
+    """The lanes of the artifact; `merged` is None where it has one rank."""
+    lanes = []
+    for each, names in ((weights, (SERVED, WEIGHTS_ONLY)), (merged, (MERGED_SERVED, MERGED_WEIGHTS_ONLY))):
+        if each is not None:
+            model = Model(each, device=device, dtype=torch.float32, stream=True)
+            if each.scheme is not None:
+                lanes.append(Lane(name=names[0], model=model))
+            lanes.append(Lane(name=names[1], model=model, activations="none"))
+    return lanes
+
+
+def pairs_of(lanes: list[Lane], *, with_source: bool) -> list[tuple[str, str]]:
+    """Which lanes are compared."""
+    names = [lane.name for lane in lanes]
+    pairs = [(SOURCE, name) for name in (*names, FLOOR)] if with_source else []
+    twins = ((MERGED_SERVED, SERVED), (MERGED_WEIGHTS_ONLY, WEIGHTS_ONLY))
+    return pairs + [twin for twin in twins if twin[0] in names]
+
+
+def run_logits(
+    lanes: list[Lane], source: SourceSide | None, prompts: Prompts, options: Options, device: torch.device, progress: Progress
+) -> LogitsOutcome:
+    """Run all lanes and compare. The source's come from `options.reference` when that file is there; else it is written."""
+    ids = prompts.ids.to(device)
+    kept = _read(source, prompts, options, device)
+    models = {lane.name: lane.model for lane in lanes}
+    if source is not None:
+        models[SOURCE] = Model(source.weights, device=device, dtype=torch.float32, stream=True)
+        models[FLOOR] = Model(source.weights, device=device, dtype=torch.bfloat16, stream=True)
+    live = [Lane(name=name, model=models[name], activations="none") for name in (SOURCE, FLOOR) if source is not None and kept is None]
+    traces = run([*live, *lanes], ids, progress)
+    if kept is not None:
+        traces |= {SOURCE: kept.source, FLOOR: kept.floor}
+    elif source is not None and options.reference is not None:
+        reference = Reference(source=traces[SOURCE], floor=traces[FLOOR])
+        stored.write_reference(options.reference, reference, _identity(source, prompts, options))
+        progress.note(f"the source's side is kept in {options.reference}")
+    sides = {name: Side(model=models[name], hidden=trace.hidden) for name, trace in traces.items()}
+    pairs = pairs_of(lanes, with_source=source is not None)
+    progress.advance(0, "logits, by blocks of the vocabulary")
+    scores = compare(sides, pairs, ids, options.memory_bytes) if pairs else {}
+    return LogitsOutcome(
+        metrics={pair: summarize(score) for pair, score in scores.items()}, layers=_layers(traces), from_reference=kept is not None
+    )
+
+
+def _layers(traces: Mapping[str, Trace]) -> dict[str, list[float]]:
+    if SOURCE not in traces:
+        return {}
+    others = {name: trace for name, trace in traces.items() if name != SOURCE}
+    return layer_errors(others, traces[SOURCE].probes)
+
+
+def _identity(source: SourceSide, prompts: Prompts, options: Options) -> dict[str, object]:
+    return stored.identity(source.digest, prompts.digest, keep_decay=options.keep_decay)
+
+
+def _read(source: SourceSide | None, prompts: Prompts, options: Options, device: torch.device) -> Reference | None:
+    if source is None or options.reference is None or not options.reference.exists():
+        return None
+    return stored.read_reference(options.reference, _identity(source, prompts, options), device)

@@ -1,0 +1,243 @@
+"""Every weight of every rank, decoded and held against its source.
+
+Unquantized tensors must be equal bit for bit (a router widened to float32 by value). Quantized ones are compared in the space
+that was rounded, element by element against half a step of their code and tile by tile against the absmax that their scale must
+be (bounds.py): both hold for every distribution of weights, so that one wrong block of 128 × 128, one group off by one or one
+exchanged expert is named, and no right artifact is. For other methods than rounding to nearest (the manifest says which), rms
+errors of tensor, rows, columns and blocks are held to `noise` and `noise_local` instead.
+
+The source is loaded by the runtime's own statement of names, orders and cuts; nothing of the converter is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxconv.quantize.schemes import FP8_BLOCK, Scheme
+from mxconv.runtime.coded import PROJECTION, Coded, rotated_weight
+from mxconv.verify import bounds
+from mxconv.verify.findings import Finding
+from mxconv.verify.limits import Limits
+
+CHUNK_ELEMENTS = 1 << 24
+"""Weights are widened this many at a time."""
+ROUND_TO_NEAREST = "rtn"
+SLACK = 1e-3
+"""Of a bound, for float32 on both sides; decisions lie half a step away from it."""
+MAX_PLACES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """How far one rank's weight lies from its source. Errors are relative to the source's rms."""
+
+    rel_rms: float
+    bound: float
+    """Its own rms half step: what rounding to nearest can reach at most."""
+    peak: float
+    """Largest deviation of an element in units of its half step."""
+
+
+class Sums:
+    """Squares of errors, half steps and source over rows, columns, tiles, and which tiles hold an element out of bounds."""
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
+        tiles = (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
+        self.rows = torch.zeros(2, out_features, dtype=torch.float64, device=device)
+        self.columns = torch.zeros(2, in_features, dtype=torch.float64, device=device)
+        self.tiles = torch.zeros(2, *tiles, dtype=torch.float64, device=device)
+        self.beyond = torch.zeros(tiles, dtype=torch.bool, device=device)
+        self.source, self.peak, self.count = 0.0, 0.0, 0
+
+    def add(self, start: int, u: Tensor, error: Tensor, half: Tensor, limit: float) -> None:
+        """Rows from `start`, a multiple of 128."""
+        share = (error - bounds.ROTATION_NOISE * u.abs().amax()).clamp(min=0) / half
+        share = torch.where(error == 0, 0.0, share)
+        out = ~(share <= limit * (1 + SLACK))
+        first, last = start // FP8_BLOCK, start // FP8_BLOCK + -(-len(u) // FP8_BLOCK)
+        self.beyond[first:last] = bounds.grid(out, FP8_BLOCK, FP8_BLOCK).any(3).any(1)
+        self.count += int(out.sum())
+        self.peak = max(self.peak, float(share.nan_to_num(float("inf")).amax()))
+        self.source += float(u.square().sum(dtype=torch.float64))
+        for index, x in enumerate((error, half)):
+            squares = x.square()
+            self.rows[index, start : start + len(u)] = squares.sum(1, dtype=torch.float64)
+            self.columns[index] += squares.sum(0, dtype=torch.float64)
+            self.tiles[index, first:last] = bounds.grid(squares, FP8_BLOCK, FP8_BLOCK).sum((1, 3), dtype=torch.float64)
+
+    def deviation(self) -> Deviation:
+        """Of the whole tensor."""
+        error, half = (float(x) for x in self.rows.sum(1))
+        source = max(self.source, 1e-300)
+        return Deviation(rel_rms=(error / source) ** 0.5, bound=(half / source) ** 0.5, peak=self.peak)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """Holds the quantized projections of one artifact to their source."""
+
+    scheme: Scheme
+    method: str
+    limits: Limits
+    device: torch.device
+
+    def tiles(self, weight: Tensor, name: str) -> Tensor:
+        """absmax tiles of one rank's source weight [out, in]."""
+        block = self.scheme.rotation[PROJECTION[name]]
+        parts = [bounds.absmax(self._u(weight[a:b], block), self.scheme) for a, b in row_chunks(*weight.shape)]
+        if self.scheme.granularity == "tensor":
+            return torch.stack(parts).amax(0)
+        return torch.cat(parts)
+
+    def _u(self, rows: Tensor, block: int) -> Tensor:
+        return bounds.rotated(rows.to(device=self.device, dtype=torch.float32), block)
+
+    def weight(
+        self, coded: Coded, source: Tensor, largest: Tensor, name: str, names: tuple[str, ...], rank: int
+    ) -> tuple[Deviation, list[Finding]]:
+        """`source` float32 [out, in] of that rank; `largest` its absmax tiles, of all ranks where they share a scale."""
+        coded = coded.to(self.device)
+        block = self.scheme.rotation[PROJECTION[name]]
+        sums = Sums(*source.shape, self.device)
+        for start, stop in row_chunks(*source.shape):
+            u = self._u(source[start:stop], block)
+            decoded = rotated_weight(bounds.coded_rows(coded, self.scheme, start, stop), self.scheme)
+            half = bounds.half_steps(u, bounds.tile_rows(largest, self.scheme, start, stop), self.scheme)
+            sums.add(start, u, (decoded - u).abs(), half, self.limits["rounding"])
+        findings = [*self._codes(coded, names[0], rank), *self._scale(coded, largest, block, name, names[1], rank)]
+        findings += self._rounding(sums, name, names[0], rank) if self.method == ROUND_TO_NEAREST else []
+        return sums.deviation(), findings or self._noise(sums, name, names[0], rank)
+
+    def _codes(self, coded: Coded, tensor: str, rank: int) -> Iterator[Finding]:
+        if self.scheme.weight == "int4" and bool((coded.codes == -8).any()):
+            count = int((coded.codes == -8).sum())
+            yield Finding(
+                check="weight codes", what=f"{count} codes are -8, which one consumer reads as 0", tensor=tensor, rank=rank,
+                expected="-7 … 7",
+            )  # fmt: skip
+
+    def _scale(self, coded: Coded, largest: Tensor, block: int, name: str, tensor: str, rank: int) -> Iterator[Finding]:
+        stored = bounds.stored_tiles(coded, self.scheme)
+        usable = (stored > 0) & stored.isfinite()
+        if not bool(usable.all()):
+            what = f"{int((~usable).sum())} of {usable.numel()} scales are not above 0 and finite"
+            yield Finding(check="weight scale", what=what, tensor=tensor, rank=rank)
+        elif self.method == ROUND_TO_NEAREST:
+            expected = bounds.absmax_scale(largest, self.scheme, block)
+            wrong = ~((stored - expected).abs() <= self.limits["scale"] * expected)
+            if bool(wrong.any()):
+                row, column = (int(i) for i in wrong.nonzero()[0])
+                yield Finding(
+                    check="weight scale", what=f"{int(wrong.sum())} of {wrong.numel()} scales are not the absmax of their source",
+                    tensor=tensor, rank=rank, place=self._tile_words(row, column, largest.shape, name),
+                    expected=f"{float(expected[row, column]):.8g}", got=f"{float(stored[row, column]):.8g}",
+                )  # fmt: skip
+
+    def _tile_words(self, row: int, column: int, shape: torch.Size, name: str) -> str:
+        rows, group = {"group": (1, self.scheme.group_size), "channel": (1, None), "block": (FP8_BLOCK, FP8_BLOCK)}.get(
+            self.scheme.granularity, (0, None)
+        )
+        if not rows:
+            return ""
+        words = row_words(row * rows, (row + 1) * rows, shape[0] * rows, name)
+        return f"{words}, inputs {column * group}-{(column + 1) * group - 1}" if group else words
+
+    def _rounding(self, sums: Sums, name: str, tensor: str, rank: int) -> Iterator[Finding]:
+        if sums.count:
+            out, inner = sums.rows.shape[1], sums.columns.shape[1]
+            share = sums.deviation()
+            yield Finding(
+                check="weight rounding", tensor=tensor, rank=rank, place=tile_words(sums.beyond, out, name),
+                what=f"{sums.count} of {out * inner} weights lie further from the source than rounding can put them",
+                expected=f"at most {self.limits['rounding']:g} half steps",
+                got=f"{share.peak:.3g}, rel-rms {share.rel_rms:.3g} where {share.bound:.3g} is the bound",
+            )  # fmt: skip
+
+    def _noise(self, sums: Sums, name: str, tensor: str, rank: int) -> list[Finding]:
+        """The first of tensor, blocks, rows, columns whose rms error is beyond its limit."""
+        out = sums.rows.shape[1]
+        views = (
+            ("noise", sums.rows.sum(1)[:, None], lambda hit: ""),
+            ("noise_local", sums.tiles, lambda hit: tile_words(hit, out, name)),
+            ("noise_local", sums.rows, lambda hit: row_words(int(hit.nonzero()[0]), int(hit.nonzero()[0]) + 1, out, name)),
+            ("noise_local", sums.columns, lambda hit: f"input {int(hit.nonzero()[0])}"),
+        )
+        for limit, (error, half), words in views:
+            ratio = torch.where(error == 0, 0.0, (error / half).sqrt())
+            hit = ~(ratio <= self.limits[limit])
+            if bool(hit.any()):
+                return [
+                    Finding(
+                        check="weight noise", what=f"rms error in {int(hit.sum())} of {hit.numel()} places", tensor=tensor, rank=rank,
+                        place=words(hit), expected=f"at most {self.limits[limit]:g} rms half steps", got=f"{float(ratio.max()):.3g}",
+                    )  # fmt: skip
+                ]
+        return []
+
+
+def row_chunks(out_features: int, in_features: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of row blocks of about `CHUNK_ELEMENTS`, multiples of 128."""
+    step = max(1, CHUNK_ELEMENTS // in_features // FP8_BLOCK) * FP8_BLOCK
+    for start in range(0, out_features, step):
+        yield start, min(start + step, out_features)
+
+
+def row_words(start: int, stop: int, out_features: int, name: str) -> str:
+    """Output rows in words: `rows 0-127`, for up_gate `gate rows …` or `up rows …`."""
+    half = out_features // 2
+    which, base = ("", 0) if not name.endswith("up_gate") else ("gate ", 0) if start < half else ("up ", half)
+    first, last = start - base, stop - base - 1
+    return f"{which}row {first}" if first == last else f"{which}rows {first}-{last}"
+
+
+def tile_words(hit: Tensor, out_features: int, name: str) -> str:
+    """Which blocks of 128 × 128 are hit."""
+    found = hit.nonzero().tolist()
+    if len(found) > MAX_PLACES and len(found) > hit.numel() // 2:
+        return f"{len(found)} of {hit.numel()} blocks of 128 × 128"
+    words = [
+        f"{row_words(r * FP8_BLOCK, min((r + 1) * FP8_BLOCK, out_features), out_features, name)} × inputs "
+        f"{c * FP8_BLOCK}-{(c + 1) * FP8_BLOCK - 1}"
+        for r, c in found[:MAX_PLACES]
+    ]
+    more = f" and {len(found) - MAX_PLACES} more blocks" if len(found) > MAX_PLACES else ""
+    return "; ".join(words) + more
+
+
+def equal_finding(
+    artifact: Tensor, source: Tensor, *, widened: bool, tensor: str, rank: int, place: str | None = None
+) -> Finding | None:
+    """What keeps an unquantized tensor from being its source, bit for bit; None when nothing does.
+
+    `widened`: the artifact may hold the source's values in float32. `place` stands before the rows that differ.
+    """
+    if artifact.shape != source.shape:
+        return Finding(
+            check="unquantized weights", what="another shape than the source", tensor=tensor, rank=rank,
+            expected=str(list(source.shape)), got=str(list(artifact.shape)),
+        )  # fmt: skip
+    if artifact.dtype != source.dtype and not (widened and artifact.dtype == torch.float32):
+        return Finding(
+            check="unquantized weights", what="stored in another dtype than the source", tensor=tensor, rank=rank,
+            expected=str(source.dtype).removeprefix("torch."), got=str(artifact.dtype).removeprefix("torch."),
+        )  # fmt: skip
+    a, b = _bits(artifact, source.to(artifact.dtype))
+    if torch.equal(a, b):
+        return None
+    differ = a != b
+    lines = differ.reshape(len(differ), -1).any(1).nonzero().flatten().tolist()
+    words = f"row {lines[0]}" if len(lines) == 1 else f"{len(lines)} of {len(differ)} rows, the first {lines[0]}, the last {lines[-1]}"
+    distance = (artifact.to(torch.float64) - source.to(torch.float64)).abs().max()
+    return Finding(
+        check="unquantized weights", what=f"{int(differ.sum())} of {differ.numel()} elements are not the source's", tensor=tensor,
+        rank=rank, place=f"{place}: {words}" if place else words, expected="the same bits", got=f"differences up to {float(distance):.3g}",
+    )  # fmt: skip
+
+
+def _bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.contiguous().view(kind), b.contiguous().view(kind)

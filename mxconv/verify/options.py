@@ -1,0 +1,47 @@
+"""What verify is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from mxconv.errors import UsageError, raise_all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The request. Without a `source`, what needs one is skipped and the report says so."""
+
+    source: Path | None = None
+    """The checkpoint that the artifact was made from."""
+    tp: int | None = None
+    """The number of ranks that the artifact must have; for a layout without ranks, how many to simulate."""
+    device: str = "cpu"
+    windows: int = 16
+    window: int = 512
+    text: Path | None = None
+    tokens: Path | None = None
+    """Token ids as .npy, [N, T] or 1-D; instead of a text."""
+    reference: Path | None = None
+    """A file that keeps the source's side of the logits: read when it is there, otherwise written."""
+    limits: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    keep_decay: bool = False
+    memory_bytes: int = 1 << 30
+    """For logits; hidden states and one expert of each side come on top."""
+    seed: int = 0
+    hash_files: bool = False
+    """Hash every file against the manifest too, which `mxconv check` does alone."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.windows < 1:
+            problems.append(UsageError("at least one window is needed", got=self.windows))
+        if self.window < 2:
+            problems.append(UsageError("a window needs at least two tokens", got=self.window))
+        if self.text is not None and self.tokens is not None:
+            problems.append(UsageError("a text and token ids are given; one of them is enough"))
+        if self.reference is not None and self.source is None:
+            problems.append(UsageError("a reference is the source's, so that the source must be given", hint="add --source"))
+        raise_all(problems)

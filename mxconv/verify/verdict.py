@@ -1,0 +1,197 @@
+"""Judging what the passes measured, in words: the sections `logits` and `parallel`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mxconv import draw
+from mxconv.draw import Column
+from mxconv.verify.findings import Finding, Section, status_of
+from mxconv.verify.limits import Limits
+from mxconv.verify.logits import (
+    FLOOR, MERGED_SERVED, MERGED_WEIGHTS_ONLY, SERVED, SOURCE, WEIGHTS_ONLY, LogitsOutcome,
+)  # fmt: skip
+from mxconv.verify.metrics import Distribution, Estimate, Metrics
+from mxconv.verify.prompts import Prompts
+
+PARALLEL_WINDOWS = 16
+"""KL between TP sizes is held to its limit over at least this many windows; below it is reported."""
+BLOCK = 256
+JUMP = 4.0
+"""A layer that adds this many times the median layer's error is the one to look at."""
+NEGLIGIBLE_KL = 1e-7
+
+
+def judge_logits(outcome: LogitsOutcome, prompts: Prompts, limits: Limits) -> Section:
+    """The `logits` section: KL gates (for unquantized weights the relative L2 too), the rest is reported."""
+    exact = limits.scheme is None
+    served = outcome.against_source(WEIGHTS_ONLY if exact else SERVED)
+    if served is None:
+        return Section(name="logits", status="skipped", summary="nothing to compare with")
+    findings = [*_kl(served, limits), *(_exact(outcome, limits) if exact else ())]
+    worst = first_bad_layer(outcome.layers.get(WEIGHTS_ONLY if exact else SERVED, ()))
+    if findings and worst is not None:
+        findings.append(Finding(check="layers", what="the hidden-state error jumps here first", place=f"layer {worst}"))
+    warnings = []
+    if prompts.ids.shape[1] <= BLOCK:
+        warnings.append(f"windows of {prompts.ids.shape[1]} tokens do not leave the first block of {BLOCK} of lightning attention")
+    return Section(
+        name="logits", status=status_of(findings), summary=_summary(served, prompts),
+        limit=f"KL {limits['kl_mean']:g}" + (f", L2 {limits['exact_l2']:g}" if exact else ""), lines=_lines(outcome, prompts),
+        warnings=tuple(warnings), findings=tuple(findings), checks=("kl_mean", *(("exact_l2",) if exact else ())),
+        figures=_figures(outcome, prompts, worst),
+    )  # fmt: skip
+
+
+def _kl(served: Metrics, limits: Limits) -> Sequence[Finding]:
+    if served.kl.mean.mean <= limits["kl_mean"]:
+        return ()
+    what = "mean KL of the source's distribution against the artifact's"
+    got = f"{served.kl.mean.mean:.3g} ± {served.kl.mean.error:.1g}"
+    return (Finding(check="kl_mean", what=what, expected=f"at most {limits['kl_mean']:g}", got=got),)
+
+
+def _exact(outcome: LogitsOutcome, limits: Limits) -> Sequence[Finding]:
+    """Unquantized weights at one rank repeat the source's forward; the ranks' own sums are the parallel section's business."""
+    lane = outcome.against_source(MERGED_WEIGHTS_ONLY) or outcome.against_source(WEIGHTS_ONLY)
+    if lane is None or lane.logits_l2 <= limits["exact_l2"]:
+        return ()
+    what = "logits of unquantized weights are not the source's"
+    return (Finding(check="exact_l2", what=what, expected=f"relative L2 of at most {limits['exact_l2']:g}", got=f"{lane.logits_l2:.3g}"),)
+
+
+def first_bad_layer(errors: Sequence[float]) -> int | None:
+    """The first layer whose own addition to the hidden-state error is not finite or `JUMP` times the median addition.
+
+    Errors of layers are nearly independent, so that their squares add up: layer l adds √(e_l² − e_(l−1)²).
+    """
+    before = 0.0
+    steps = []
+    for error in errors:
+        steps.append(math.sqrt(max(error * error - before * before, 0.0)) if math.isfinite(error) else math.inf)
+        before = error
+    if not steps:
+        return None
+    median = sorted(steps)[len(steps) // 2]
+    return next((layer for layer, step in enumerate(steps) if not math.isfinite(step) or step > JUMP * median), None)
+
+
+def _summary(served: Metrics, prompts: Prompts) -> str:
+    words = f"KL {served.kl.mean.mean:.3g} (p99 {served.kl.quantiles[0.99]:.3g}) · top-1 {100 * served.top1.mean:.1f} %"
+    return f"{words} · Δppl {100 * served.perplexity_change.mean:+.2g} %" if prompts.natural else words
+
+
+def _lines(outcome: LogitsOutcome, prompts: Prompts) -> tuple[str, ...]:
+    lanes = [lane for lane in (SERVED, WEIGHTS_ONLY, FLOOR) if outcome.against_source(lane) is not None]
+    columns = [Column(""), *(Column(f"{lane} of the source" if lane == FLOOR else lane, "right") for lane in lanes)]
+    metrics = [found for lane in lanes if (found := outcome.against_source(lane)) is not None]
+    first = metrics[0]
+    lines = [
+        f"{first.windows} windows of {prompts.ids.shape[1]} tokens from {prompts.words}, {first.tokens:,} scored; float32 against the source"
+        + (" of the reference file" if outcome.from_reference else ""),
+        *draw.table(columns, [[label, *(cell(m) for m in metrics)] for label, cell in _ROWS], indent=0),
+    ]
+    for lane in lanes:
+        errors = outcome.layers.get(lane, [])
+        if errors:
+            words = "bf16 of the source" if lane == FLOOR else lane
+            lines.append(f"hidden-state error by layer, {words}: {draw.sparkline(errors)} last {errors[-1]:.3g}, max {max(errors):.3g}")
+    return tuple(lines)
+
+
+def _estimate(value: Estimate, factor: float = 1.0, digits: str = ".3g") -> str:
+    return f"{factor * value.mean:{digits}} ± {factor * value.error:.1g}"
+
+
+def _spread(values: Distribution, shares: Sequence[float], factor: float = 1.0) -> str:
+    return " · ".join(f"{factor * values.quantiles[share]:.2g}" for share in shares)
+
+
+_UPPER, _LOWER = (0.9, 0.95, 0.99, 0.999), (0.1, 0.05, 0.01, 0.001)
+_ROWS = (
+    ("KL mean", lambda m: _estimate(m.kl.mean)),
+    ("KL median, max", lambda m: f"{m.kl.median:.2g} · {m.kl.largest:.2g}"),
+    ("KL 90 · 95 · 99 · 99.9 %", lambda m: _spread(m.kl, _UPPER)),
+    ("KL 10 · 5 · 1 · .1 %", lambda m: _spread(m.kl, _LOWER)),
+    ("same top-1, %", lambda m: _estimate(m.top1, 100)),
+    ("shared top-5, %", lambda m: _estimate(m.top5, 100)),
+    ("Δp of the true token: mean, rms, %", lambda m: f"{_estimate(m.delta_p.mean, 100, '+.2g')} · {100 * m.delta_p.rms:.2g}"),
+    ("Δp max, min, %", lambda m: f"{100 * m.delta_p.largest:+.2g} · {100 * m.delta_p.smallest:+.2g}"),
+    ("Δp 90 · 95 · 99 · 99.9 %, %", lambda m: _spread(m.delta_p, _UPPER, 100)),
+    ("Δp 10 · 5 · 1 · .1 %, %", lambda m: _spread(m.delta_p, _LOWER, 100)),
+    ("perplexity (source)", lambda m: f"{m.perplexity:.5g} ({m.reference_perplexity:.5g})"),
+    ("change of perplexity, %", lambda m: _estimate(m.perplexity_change, 100, "+.3g")),
+    ("relative L2 of logits", lambda m: f"{m.logits_l2:.2g}"),
+)
+
+
+def _figures(outcome: LogitsOutcome, prompts: Prompts, worst: int | None) -> dict[str, object]:
+    return {
+        "tokens_from": prompts.words, "tokens_sha256": prompts.digest, "window": prompts.ids.shape[1],
+        "from_reference": outcome.from_reference, "first_jump_layer": worst, "layers": dict(outcome.layers),
+        "lanes": {lane: metrics.document() for (reference, lane), metrics in outcome.metrics.items() if reference == SOURCE},
+    }  # fmt: skip
+
+
+def judge_parallel(outcome: LogitsOutcome | None, consistency: Sequence[Finding], ranks: int, limits: Limits, why: str = "") -> Section:
+    """The `parallel` section: `consistency` of stored tensors, and TP n against TP 1; `why` there are no logits."""
+    findings = list(consistency)
+    words = f"{ranks} ranks reassemble bit for bit" if not findings else f"{ranks} ranks do not reassemble"
+    lines, figures, checks = [], {}, ["replicated tensors", "KV replicas", "shared scales", "padding"]
+    plain = None if outcome is None else outcome.metrics.get((MERGED_WEIGHTS_ONLY, WEIGHTS_ONLY))
+    limit = ""
+    if plain is not None and outcome is not None:
+        found, line = _summation(plain, limits)
+        findings += found
+        lines.append(line)
+        checks.append("parallel_l2")
+        figures["logits_l2"] = plain.logits_l2
+        words += f"; tp {ranks} = tp 1 to {plain.logits_l2:.1e} unquantized" if not found else f"; tp {ranks} is not tp 1"
+        limit = f"{limits['parallel_l2']:g}"
+        found, line, share = _share(outcome, limits)
+        findings += found
+        lines += [line] if line else []
+        checks += ["parallel_kl_share"] if line else []
+        figures |= {"kl_share": share} if share is not None else {}
+    elif why:
+        lines.append(f"logits of tp {ranks} and tp 1 were not compared: {why}")
+    return Section(
+        name="parallel", status=status_of(findings), summary=words, limit=limit, lines=tuple(lines), findings=tuple(findings),
+        checks=tuple(checks), figures=figures,
+    )  # fmt: skip
+
+
+def _summation(plain: Metrics, limits: Limits) -> tuple[list[Finding], str]:
+    """TP n against TP 1 with activations unquantized, window by window.
+
+    A token whose second and third expert are equal to the last bit may go to either; that changes its window and is no fault.
+    It happens once in 10⁵ to 10⁶ decisions, so one window in eight may be beyond the limit, not all.
+    """
+    limit = limits["parallel_l2"]
+    beyond = [index for index, value in enumerate(plain.window_l2) if not value <= limit]
+    allowed = max(1, plain.windows // 8) if plain.windows > 1 else 0
+    line = f"activations unquantized: relative L2 {plain.logits_l2:.2g}, windows {min(plain.window_l2):.2g} … {max(plain.window_l2):.2g}"
+    if len(beyond) > allowed or any(math.isnan(value) for value in plain.window_l2):
+        what = f"logits of TP n and TP 1 differ in {len(beyond)} of {plain.windows} windows, activations unquantized"
+        return [Finding(check="parallel_l2", what=what, expected=f"at most {limit:g}", got=f"{plain.logits_l2:.3g}")], line
+    if beyond:
+        line += f"; window {', '.join(map(str, beyond))} is beyond {limit:g}: a router near-tie"
+    return [], line
+
+
+def _share(outcome: LogitsOutcome, limits: Limits) -> tuple[list[Finding], str, float | None]:
+    between = outcome.metrics.get((MERGED_SERVED, SERVED))
+    own = outcome.against_source(SERVED)
+    if between is None or own is None:
+        return [], "", None
+    kl, whole = between.kl.mean.mean, own.kl.mean.mean
+    share = kl / whole if whole else math.inf
+    line = f"activations quantized: KL {kl:.3g} between the two, {share:.2f} of the scheme's own ({whole:.3g})"
+    if between.windows < PARALLEL_WINDOWS:
+        return [], f"{line}; held to {limits['parallel_kl_share']:g} over at least {PARALLEL_WINDOWS} windows only", share
+    if share <= limits["parallel_kl_share"] or kl <= NEGLIGIBLE_KL:
+        return [], f"{line}, limit {limits['parallel_kl_share']:g}", share
+    what = f"KL between TP n and TP 1 with activations quantized, as a share of the scheme's own {whole:.3g}"
+    expected = f"at most {limits['parallel_kl_share']:g}"
+    return [Finding(check="parallel_kl_share", what=what, expected=expected, got=f"{share:.3g}")], line, share
