@@ -54,7 +54,7 @@ def tile_shape(scheme: Scheme, out_features: int, in_features: int) -> tuple[int
 
 def check_shape(scheme: Scheme, projection: str, out_features: int, in_features: int) -> None:
     """Raise UsageError when a matrix [out, in] does not divide into what shares a scale, packs together or rotates together."""
-    rows, columns = tile_shape(scheme, max(out_features, 1), max(in_features, 1))
+    rows, columns = tile_shape(scheme, 1, 1)
     columns = math.lcm(columns, 2 if scheme.weight == "int4" else 1, scheme.rotation[projection] or 1)
     if out_features < 1 or in_features < 1 or out_features % rows or in_features % columns:
         raise UsageError(

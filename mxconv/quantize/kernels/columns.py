@@ -135,7 +135,6 @@ class E4m3Columns:
         self._tile = tile
         self._blocks = tile.of_blocks()
         self._magnitudes = torch.empty(tile.tile_rows * 2 * tile.half, dtype=torch.int32)
-        self._ones = torch.ones(tile.block)
 
     def absmax(self, rows: Tensor, at_least: float) -> float:
         """The larger of `at_least` and the absmax of up to `tile_rows` rotated rows; not finite if a weight or a sum is not.
@@ -145,13 +144,16 @@ class E4m3Columns:
         """
         blocks = rows.view(-1, self._tile.block)
         sizes = magnitudes(rows, self._magnitudes).view(rows.dtype).to(torch.float32)
-        bounds = torch.mv(sizes.view(blocks.shape), self._ones)
+        bounds = sizes.view(blocks.shape).sum(dim=1)
         largest = at_least
-        first = FIRST_BLOCKS * float(bounds.max())
-        for floor in (first, 0.0):
+        highest = float(bounds.max()) * BOUND_MARGIN
+        for share in (FIRST_BLOCKS, 0.0):
+            floor = max(share * highest if math.isfinite(highest) else 0.0, largest * float(self._tile.divisor))
+            if highest <= floor:
+                break
             # `not below`, so that NaN is rotated too and reported
-            wanted = ~(bounds * BOUND_MARGIN <= max(floor, largest * float(self._tile.divisor)))
-            for chunk in torch.split(blocks[wanted], self._blocks.tile_rows):
+            wanted = torch.nonzero(~(bounds * BOUND_MARGIN <= floor)).view(-1)
+            for chunk in torch.split(torch.index_select(blocks, 0, wanted), self._blocks.tile_rows):
                 low, high = torch.aminmax(self._blocks.rotate(chunk)[0])
                 found = float(torch.maximum(high, -low) / self._tile.divisor)
                 if not math.isfinite(found):
