@@ -46,20 +46,34 @@ def main() -> None:
         weight_map.update(dict.fromkeys(tensors, name))
         number += 1
 
-    save({"model.embed_tokens.weight": bf16(random, a.vocab, H), "lm_head.weight": bf16(random, a.vocab, H), "model.norm.weight": bf16(random, H)})
+    save(
+        {
+            "model.embed_tokens.weight": bf16(random, a.vocab, H),
+            "lm_head.weight": bf16(random, a.vocab, H),
+            "model.norm.weight": bf16(random, H),
+        }
+    )
     for layer in range(a.layers):
         p = f"model.layers.{layer}."
         save(
             {
                 f"{p}input_layernorm.weight": bf16(random, H), f"{p}post_attention_layernorm.weight": bf16(random, H),
-                f"{p}self_attn.qkv_proj.weight": bf16(random, 3 * HEADS * D, H), f"{p}self_attn.norm.weight": bf16(random, HEADS * D),
-                f"{p}self_attn.output_gate.weight": bf16(random, HEADS * D, H), f"{p}self_attn.out_proj.weight": bf16(random, H, HEADS * D),
+                f"{p}self_attn.qkv_proj.weight": bf16(random, 3 * HEADS * D, H),
+                f"{p}self_attn.norm.weight": bf16(random, HEADS * D),
+                f"{p}self_attn.output_gate.weight": bf16(random, HEADS * D, H),
+                f"{p}self_attn.out_proj.weight": bf16(random, H, HEADS * D),
                 f"{p}block_sparse_moe.gate.weight": bf16(random, a.experts, H).float(),
             }
         )  # fmt: skip
         for e in range(a.experts):
             x = f"{p}block_sparse_moe.experts.{e}."
-            save({f"{x}w1.weight": bf16(random, INNER, H), f"{x}w2.weight": bf16(random, H, INNER), f"{x}w3.weight": bf16(random, INNER, H)})
+            save(
+                {
+                    f"{x}w1.weight": bf16(random, INNER, H),
+                    f"{x}w2.weight": bf16(random, H, INNER),
+                    f"{x}w3.weight": bf16(random, INNER, H),
+                }
+            )
     config = {
         "model_type": "minimax_m1", "architectures": ["MiniMaxM1ForCausalLM"], "vocab_size": a.vocab, "hidden_size": H,
         "intermediate_size": INNER, "num_hidden_layers": a.layers, "attn_type_list": [0] * a.layers, "num_attention_heads": HEADS,

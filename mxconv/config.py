@@ -185,7 +185,9 @@ def _check_known(reader: _Reader, dialect: str) -> None:
                 reader.problems.append(
                     MalformedInput(
                         f"config key {key!r} asks for {meaning}, which mxconv does not implement",
-                        where=reader.where, expected=" or ".join(map(repr, accepted)), got=repr(value),
+                        where=reader.where,
+                        expected=" or ".join(map(repr, accepted)),
+                        got=repr(value),
                     )
                 )
         elif key in ARTIFACT_KEYS and "mxconv" not in reader.raw:
@@ -193,21 +195,25 @@ def _check_known(reader: _Reader, dialect: str) -> None:
                 reader.problems.append(
                     MalformedInput(
                         f"config key {key!r} says that the checkpoint is quantized already, and not by mxconv",
-                        where=reader.where, hint="start from the bf16 checkpoint",
+                        where=reader.where,
+                        hint="start from the bf16 checkpoint",
                     )
                 )
         elif key not in used and key not in HARMLESS_KEYS and key not in ARTIFACT_KEYS:
             reader.problems.append(
                 MalformedInput(
                     f"config key {key!r} is not known to mxconv and may change the model",
-                    where=reader.where, got=f"{key} = {value!r}",
+                    where=reader.where,
+                    got=f"{key} = {value!r}",
                     hint="if it cannot change a logit, remove it from a copy of config.json; else this model is not supported",
                 )
             )
 
 
 def _layer_types(reader: _Reader, dialect: str, layers: int) -> tuple[str, ...]:
-    key, names = ("attn_type_list", {0: LINEAR, 1: FULL}) if dialect == "minimax-m1" else ("layer_types", {LINEAR: LINEAR, FULL: FULL})
+    key, names = (
+        ("attn_type_list", {0: LINEAR, 1: FULL}) if dialect == "minimax-m1" else ("layer_types", {LINEAR: LINEAR, FULL: FULL})
+    )
     kinds = reader.raw.get(key)
     if kinds is None:
         reader.problems.append(IncompleteInput(f"config key {key!r} is missing", where=reader.where))
@@ -217,7 +223,9 @@ def _layer_types(reader: _Reader, dialect: str, layers: int) -> tuple[str, ...]:
         return (FULL,) * layers
     if len(kinds) != layers:
         reader.problems.append(
-            MalformedInput(f"{key} and num_hidden_layers disagree", where=reader.where, expected=f"{layers} entries", got=len(kinds))
+            MalformedInput(
+                f"{key} and num_hidden_layers disagree", where=reader.where, expected=f"{layers} entries", got=len(kinds)
+            )
         )
         return (FULL,) * layers
     return tuple(names[k] for k in kinds)
@@ -311,7 +319,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     dialect = DIALECT_OF_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     if dialect is None:
         raise MalformedInput(
-            "model_type is not one that mxconv knows", where=where, expected=" or ".join(DIALECT_OF_MODEL_TYPE), got=repr(model_type)
+            "model_type is not one that mxconv knows",
+            where=where,
+            expected=" or ".join(DIALECT_OF_MODEL_TYPE),
+            got=repr(model_type),
         )
     reader = _Reader(raw, where)
     _check_known(reader, dialect)

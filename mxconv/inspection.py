@@ -73,7 +73,13 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    path: Path, request: Request, *, drop: Sequence[str] = (), workers: int = 1, memory_bytes: int = 1 << 30, output: Path | None = None
+    path: Path,
+    request: Request,
+    *,
+    drop: Sequence[str] = (),
+    workers: int = 1,
+    memory_bytes: int = 1 << 30,
+    output: Path | None = None,
 ) -> Inspection:
     """Look at `path` and plan `request` on it; failures of the plan are part of the result."""
     source = open_source(path, drop=drop)
@@ -155,8 +161,8 @@ def advice(source: Source) -> list[str]:
     config, notes = source.config, []
     if config.dialect == "minimax" and not config.rotary_dim_stated:
         notes.append(
-            f"config has no rotary_dim: rotary embeddings turn the whole head of {config.head_dim}. MiniMax-M1 turns half of it: if this is "
-            "a copy of M1, its config lost rotary_dim, and every engine computes another model (KL .02)"
+            f"config has no rotary_dim: rotary embeddings turn the whole head of {config.head_dim}. MiniMax-M1 turns half of it: if "
+            "this is a copy of M1, its config lost rotary_dim, and every engine computes another model (KL .02)"
         )
     if config.dialect == "minimax" and config.rotary_dim < config.head_dim and not config.rope_permuted:
         notes.append(
@@ -183,11 +189,13 @@ def _render_summary(source: Source, facts: Mapping[str, Any], console: Console) 
     linear = facts["linear_layers"]
     experts = "dense mlp" if source.dense_mlp else f"{config.num_experts} experts, top-{config.experts_per_token}"
     console.title(
-        f"{config.model_type} · {config.num_layers} layers ({linear} lightning, {config.num_layers - linear} softmax) · {experts} · "
-        f"{count(facts['parameters'])} parameters"
+        f"{config.model_type} · {config.num_layers} layers ({linear} lightning, {config.num_layers - linear} softmax) · {experts}"
+        f" · {count(facts['parameters'])} parameters"
     )
     missing = "" if source.present else " · only the index is here"
-    console.line(f"{facts['files']:,} files · {facts['tensors']:,} tensors · {size(facts['bytes'])} · dialect {facts['dialect']}{missing}")
+    console.line(
+        f"{facts['files']:,} files · {facts['tensors']:,} tensors · {size(facts['bytes'])} · dialect {facts['dialect']}{missing}"
+    )
 
 
 def _render_groups(view: Inspection, console: Console) -> None:
@@ -200,7 +208,16 @@ def _render_groups(view: Inspection, console: Console) -> None:
         if view.plan is not None:
             becomes = f"→ {scheme_words(view.scheme)}" if group.becomes != "keep" and view.scheme else "  keep"
             after = size(group.target_bytes)
-        rows.append((f"  {group.group}", f"{group.tensors:,}", count(group.parameters), f"{dtypes} {size(group.source_bytes)}", becomes, after))
+        rows.append(
+            (
+                f"  {group.group}",
+                f"{group.tensors:,}",
+                count(group.parameters),
+                f"{dtypes} {size(group.source_bytes)}",
+                becomes,
+                after,
+            )
+        )
     console.table(None, right, rows)
 
 
@@ -216,16 +233,23 @@ def _render_plan(view: Inspection, console: Console) -> None:
     facts = plan_facts(view.plan, view.workers, view.memory_bytes, view.free_bytes)
     ranks = sorted(set(facts["rank_bytes"]))
     each = size(ranks[-1]) if len(ranks) == 1 else f"{size(ranks[0])} to {size(ranks[-1])}"
-    what = "convert" if view.scheme is None else f"quantize {view.scheme.name} ({view.scheme.bits_per_weight:.2f} bits an expert weight)"
+    what = (
+        "convert"
+        if view.scheme is None
+        else f"quantize {view.scheme.name} ({view.scheme.bits_per_weight:.2f} bits an expert weight)"
+    )
     console.line(
         f"{what} to {facts['layout']}, tp {facts['tp']}: {facts['tensors']:,} tensors in {facts['files']} files, {each} a rank, "
         f"{size(facts['output_bytes'])} in all"
     )
     disk = f"disk {size(facts['disk_bytes'])}" + ("" if view.free_bytes is None else f" (free: {size(view.free_bytes)})")
     console.line(
-        f"needs: {disk} · memory about {size(facts['memory_bytes'])} with {facts['workers']} workers · reads {size(facts['read_bytes'])} once"
+        f"needs: {disk} · memory about {size(facts['memory_bytes'])} with {facts['workers']} workers · "
+        f"reads {size(facts['read_bytes'])} once"
     )
-    console.line(f"plan {facts['digest'][:16]} · numerics {facts['numerics_digest'][:16]} · placement {facts['placement_digest'][:16]}")
+    console.line(
+        f"plan {facts['digest'][:16]} · numerics {facts['numerics_digest'][:16]} · placement {facts['placement_digest'][:16]}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,6 +65,4 @@ def deal(tensors: Iterable[TensorSpec], folder: str, first: int, max_bytes: int 
         room -= tensor.size_bytes
     last = first + len(groups) - 1 if first else len(groups)
     prefix = f"{folder}/" if folder else ""
-    return tuple(
-        place_file(f"{prefix}model-{first + i:05d}-of-{last:05d}.safetensors", group) for i, group in enumerate(groups)
-    )
+    return tuple(place_file(f"{prefix}model-{first + i:05d}-of-{last:05d}.safetensors", group) for i, group in enumerate(groups))

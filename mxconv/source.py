@@ -19,8 +19,8 @@ from mxconv.config import ModelConfig, read_config
 from mxconv.errors import IncompleteInput, MxconvError, UsageError, raise_all
 from mxconv.mapping.bind import Bound, bind, expected_specs
 from mxconv.mapping.parameters import Parameter, parameters
-from mxconv.mapping.tables import TABLES
 from mxconv.mapping.rules import Table
+from mxconv.mapping.tables import TABLES
 from mxconv.tensors import TensorSpec
 
 TIED_HEAD = "lm_head.weight"
@@ -70,7 +70,9 @@ class Source:
         raise_all(self.problems)
         if not self.present:
             raise IncompleteInput(
-                "no shard is there, only an index", where=self.root, expected=f"{len(self.ranks[0].index or {})} tensors in their files",
+                "no shard is there, only an index",
+                where=self.root,
+                expected=f"{len(self.ranks[0].index or {})} tensors in their files",
                 hint="download the shards; inspect and --dry-run work without them",
             )
 
@@ -101,7 +103,7 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
         # Quantized experts hold codes, not parameters: an artifact of that kind is checked and verified, never a source.
         raise UsageError(
             "a quantized artifact cannot be a source: its experts hold rounded codes, and there is no way back",
-            where=root, got=f"scheme {(config.artifact or {}).get('scheme')}", hint="start from the checkpoint that it was made from",
+            where=root, got=f"scheme {(config.artifact or {}).get('scheme')}", hint="start from the checkpoint it was made from",
         )  # fmt: skip
     table = TABLES[_layout(config)]
     ranks = tuple(read_shards(folder) for folder in folders)
@@ -109,12 +111,24 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
     notes = [note for shards in ranks for note in shards.notes]
     if manifest is not None and len(ranks) != config.raw["mxconv"].get("tp"):
         problems.append(
-            IncompleteInput("rank folders are missing", where=root, expected=f"{config.raw['mxconv'].get('tp')} ranks", got=len(ranks))
+            IncompleteInput(
+                "rank folders are missing", where=root, expected=f"{config.raw['mxconv'].get('tp')} ranks", got=len(ranks)
+            )
         )
     names = [set(shards.tensors) | set(shards.index or {}) for shards in ranks]
     dense = config.num_experts == 1 and any(name in names[0] for name in DENSE_NAMES)
-    dropped = {name: f"dropped as asked: {pattern}" for pattern in drop for each in names for name in each if fnmatch.fnmatchcase(name, pattern)}
-    notes += [f"--drop {pattern} matches no tensor" for pattern in drop if not any(reason.endswith(pattern) for reason in dropped.values())]
+    dropped = {
+        name: f"dropped as asked: {pattern}"
+        for pattern in drop
+        for each in names
+        for name in each
+        if fnmatch.fnmatchcase(name, pattern)
+    }
+    notes += [
+        f"--drop {pattern} matches no tensor"
+        for pattern in drop
+        if not any(reason.endswith(pattern) for reason in dropped.values())
+    ]
     tied = config.tie_word_embeddings and TIED_HEAD in names[0]
     specs = tuple(
         {name: spec for name, spec in _specs(table, config, shards, notes).items()
@@ -139,7 +153,7 @@ def _specs(table: Table, config: ModelConfig, shards: Shards, notes: list[str]) 
     """Header specs, or, for an index alone, shapes of the config with the dtypes that explain the index's total size."""
     if shards.present or not shards.index:
         return {t.name: TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in shards.tensors.values()}
-    guesses = ({"router": "F32"}, {}, {"router": "F32", "norm": "F32"})
+    guesses: tuple[dict[str, str], ...] = ({"router": "F32"}, {}, {"router": "F32", "norm": "F32"})
     total = shards.index_metadata.get("total_size")
     for guess in guesses:
         specs = expected_specs(table, config, shards.index, guess)

@@ -39,7 +39,8 @@ def calibrate(
 ) -> Statistics:  # fmt: skip
     """Statistics of the checkpoint at `path` on windows `ids` (int32 [N, T]).
 
-    `check` is called between layers and may raise to end the pass. Raises NumericError when an activation is not finite, and what `runtime.load` raises.
+    `check` is called between layers and may raise to end the pass. Raises NumericError when an activation is not finite, and
+    what `runtime.load` raises.
     """
     model = load(path, tp=1, device=device, dtype=torch.float32, stream=True, keep_decay=keep_decay)
     config = model.config

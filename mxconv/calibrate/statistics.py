@@ -63,7 +63,9 @@ class Statistics:
         """JSON values, in a fixed order."""
         layers: dict[str, Any] = {}
         for (layer, expert), count in sorted(self.tokens.items()):
-            entry = layers.setdefault(str(layer), {"tokens": [], **{name: {str(b): [] for b in self.rotations} for name in PROJECTIONS}})
+            entry = layers.setdefault(
+                str(layer), {"tokens": [], **{name: {str(b): [] for b in self.rotations} for name in PROJECTIONS}}
+            )
             entry["tokens"].append(count)
             for name in PROJECTIONS:
                 for b in self.rotations:

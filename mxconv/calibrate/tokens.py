@@ -60,9 +60,13 @@ def _read_npy(path: Path) -> np.ndarray:
 def check_ids(ids: np.ndarray, vocabulary: int, where: str, window: int = WINDOW) -> np.ndarray:
     """`ids` as int32 [N, T]; 1-D ids are cut. Raises MalformedInput when they are no ids of this vocabulary."""
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or not ids.size:
-        raise MalformedInput("not token ids", where=where, expected="integers [windows, tokens] or 1-D", got=f"{ids.dtype} {list(ids.shape)}")
+        raise MalformedInput(
+            "not token ids", where=where, expected="integers [windows, tokens] or 1-D", got=f"{ids.dtype} {list(ids.shape)}"
+        )
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise MalformedInput("a token id is outside the vocabulary", where=where, expected=f"0 … {vocabulary - 1}", got=f"{ids.min()} … {ids.max()}")
+        raise MalformedInput(
+            "a token id is outside the vocabulary", where=where, expected=f"0 … {vocabulary - 1}", got=f"{ids.min()} … {ids.max()}"
+        )
     if ids.ndim == 1:
         length = min(window, len(ids))
         ids = ids[: len(ids) // length * length].reshape(-1, length)

@@ -35,7 +35,8 @@ def command(source: Path, output: Path, keep_decay: bool | None, **flags: Any) -
         opened.require_weights()
         ids = load_tokens(source, settings.calibration, opened.config.vocab_size)
         statistics = calibrate(
-            source, ids, source_digest=opened.headers_digest(), device=settings.device, keep_decay=bool(keep_decay), progress=console
+            source, ids, source_digest=opened.headers_digest(), device=settings.device, keep_decay=bool(keep_decay),
+            progress=console,
         )  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)
         store_statistics(output, statistics, ids, statistics.digest)

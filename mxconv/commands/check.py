@@ -38,6 +38,10 @@ def command(folder: Path, **flags: Any) -> int:
         for note in report.notes:
             console.note(note)
         report.require()
-        proof = "every byte matches the manifest" if report.kind == "artifact" else "headers, index and config agree (no hashes to check)"
+        proof = (
+            "every byte matches the manifest"
+            if report.kind == "artifact"
+            else "headers, index and config agree (no hashes to check)"
+        )
         console.line(f"ok   {report.kind}: {report.tensors:,} tensors in {report.files} files, {size(report.size_bytes)}: {proof}")
         return 0

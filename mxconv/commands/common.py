@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,36 +14,37 @@ from typing import Any, TypeVar
 import click
 
 from mxconv.console import Console
-from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, UsageError
+from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, OutputConflict, ResourceError, UsageError
 from mxconv.settings import Settings, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 # Values are parsed by settings.py, so that a flag, a variable and a file are read alike: every flag is text here.
-OPTIONS: Mapping[str, Callable[[F], F]] = {
-    "tp": click.option("--tp", metavar="N", help="Tensor-parallel ranks."),
-    "layout": click.option("--layout", metavar="NAME", help="Layout: fastdeploy, minimax-m1, minimax, or source (what an artifact was made from)."),
-    "scheme": click.option("--scheme", metavar="NAME", help="w4afp8 (default), w4afp8_static, w4a8, block_wise_fp8 or tensor_wise_fp8."),
-    "group_size": click.option("--group-size", metavar="N", help="Inputs that share an int4 scale: a multiple of 128, or channel (w4afp8_static)."),
-    "hadamard_block": click.option("--hadamard-block", metavar="N", help="Rotation block of the int4 schemes: 128, 256, 512 or 1024."),
-    "device": click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N."),
-    "workers": click.option("--workers", metavar="N", help="Units at a time (default: the cores)."),
-    "memory": click.option("--memory", metavar="SIZE", help="Memory for tensors, as 2GiB or 512M (default 1GiB)."),
-    "calibration": click.option("--calibration", metavar="FILE", help="Calibration text, or token ids as .npy (default: a built-in text)."),
-    "ignore": click.option("--ignore", metavar="PATTERN", multiple=True, help="Keep the experts of these layers unquantized (glob of tensor names)."),
-    "drop": click.option("--drop", metavar="PATTERN", multiple=True, help="Leave unexpected tensors out (glob of tensor names)."),
-    "keep_decay": click.option("--keep-decay", is_flag=True, default=None, help="Accept stored decay buffers that are not the model's formula, and use them."),
-    "resume": click.option("--resume", is_flag=True, help="Go on with an interrupted run, or check a finished one."),
-    "overwrite": click.option("--overwrite", is_flag=True, help="Replace what is in the output folder, at the very end."),
-    "dry_run": click.option("--dry-run", is_flag=True, help="Plan and report; write nothing."),
-    "plan": click.option("--plan", "plan_file", type=PATH, metavar="FILE", help="Write the whole plan as JSON."),
-    "config": click.option("--config", metavar="FILE", help="Settings file (default ./mxconv.toml)."),
-    "json": click.option("--json", is_flag=True, default=None, help="JSON for machines on stdout."),
-    "quiet": click.option("-q", "--quiet", is_flag=True, default=None, help="Errors, warnings and data only."),
-    "verbose": click.option("-v", "--verbose", count=True, help="Say more; -vv for debug lines."),
-    "progress": click.option("--no-progress", "progress", is_flag=True, flag_value=False, default=None, help="No progress."),
-}  # fmt: skip
+# option → (its names, what click is told about it)
+_TABLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
+    "tp": (("--tp",), {"metavar": "N", "help": "Tensor-parallel ranks."}),
+    "layout": (("--layout",), {"metavar": "NAME", "help": "fastdeploy, minimax-m1, minimax, or source (what an artifact was made from)."}),
+    "scheme": (("--scheme",), {"metavar": "NAME", "help": "w4afp8, w4afp8_static, w4a8, block_wise_fp8 or tensor_wise_fp8."}),
+    "group_size": (("--group-size",), {"metavar": "N", "help": "Inputs that share an int4 scale: a multiple of 128, or channel."}),
+    "hadamard_block": (("--hadamard-block",), {"metavar": "N", "help": "Rotation of the int4 schemes: 128, 256, 512 or 1024."}),
+    "device": (("--device",), {"metavar": "NAME", "help": "cpu, cuda or cuda:N."}),
+    "workers": (("--workers",), {"metavar": "N", "help": "Units at a time (default: the cores)."}),
+    "memory": (("--memory",), {"metavar": "SIZE", "help": "Memory for tensors, as 2GiB or 512M (default 1GiB)."}),
+    "calibration": (("--calibration",), {"metavar": "FILE", "help": "Text, or token ids as .npy (default: a built-in text)."}),
+    "ignore": (("--ignore",), {"metavar": "PATTERN", "multiple": True, "help": "Keep these layers' experts unquantized (a glob)."}),
+    "drop": (("--drop",), {"metavar": "PATTERN", "multiple": True, "help": "Leave unexpected tensors out (a glob of names)."}),
+    "keep_decay": (("--keep-decay",), {"is_flag": True, "default": None, "help": "Use stored decay buffers that differ from the formula."}),
+    "resume": (("--resume",), {"is_flag": True, "help": "Go on with an interrupted run, or check a finished one."}),
+    "overwrite": (("--overwrite",), {"is_flag": True, "help": "Replace what is in the output folder, at the very end."}),
+    "dry_run": (("--dry-run",), {"is_flag": True, "help": "Plan and report; write nothing."}),
+    "plan": (("--plan", "plan_file"), {"type": PATH, "metavar": "FILE", "help": "Write the whole plan as JSON."}),
+    "config": (("--config",), {"metavar": "FILE", "help": "Settings file (default ./mxconv.toml)."}),
+    "json": (("--json",), {"is_flag": True, "default": None, "help": "JSON for machines on stdout."}),
+    "quiet": (("-q", "--quiet"), {"is_flag": True, "default": None, "help": "Errors, warnings and data only."}),
+    "verbose": (("-v", "--verbose"), {"count": True, "help": "Say more; -vv for debug lines."}),
+    "progress": (("--no-progress", "progress"), {"is_flag": True, "flag_value": False, "default": None, "help": "No progress."}),
+}
 EVERYWHERE = ("config", "json", "quiet", "verbose", "progress")
 
 
@@ -51,7 +53,8 @@ def options(*names: str) -> Callable[[F], F]:
 
     def add(function: F) -> F:
         for name in reversed((*names, *EVERYWHERE)):
-            function = OPTIONS[name](function)
+            names_of, told = _TABLE[name]
+            function = click.option(*names_of, **told)(function)
         return function
 
     return add
@@ -82,14 +85,14 @@ def session(command: str, flags: Mapping[str, Any], *, stream: bool = False) -> 
     except (click.ClickException, click.exceptions.Exit):
         raise
     except MemoryError:
-        from mxconv.errors import ResourceError
-
-        error = ResourceError("out of memory", hint="lower --memory or --workers, or give the machine more")
-        console.error(error)
-        raise SystemExit(error.exit_code) from None
+        shortage = ResourceError("out of memory", hint="lower --memory or --workers, or give the machine more")
+        console.error(shortage)
+        raise SystemExit(shortage.exit_code) from None
     except Exception as unexpected:
         traceback.print_exc()
-        console.error(MxconvError(f"a bug in mxconv: {type(unexpected).__name__}: {unexpected}", hint="please report it with the lines above"))
+        console.error(
+            MxconvError(f"a bug in mxconv: {type(unexpected).__name__}: {unexpected}", hint="please report it with the lines above")
+        )
         raise SystemExit(EXIT_BUG) from None
 
 
@@ -142,23 +145,19 @@ def require_one(resume: bool, overwrite: bool, dry_run: bool) -> None:
 
 def write_plan(path: Path | None, document: Mapping[str, Any]) -> None:
     """The whole plan as canonical JSON in a new file."""
-    if path is None:
-        return
-    from mxconv.plan.values import canonical_json
+    if path is not None:
+        from mxconv.plan.values import canonical_json
 
+        write_new(path, canonical_json(document) + b"\n")
+
+
+def write_new(path: Path, data: bytes, *, replace: bool = False) -> None:
+    """Write `data` whole to `path`, which must be free unless `replace`. Raises OutputConflict or ResourceError."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        with open(path, "xb") as file:
-            file.write(canonical_json(document) + b"\n")
-    except FileExistsError:
-        from mxconv.errors import OutputConflict
-
-        raise OutputConflict("file exists already", where=path, hint="choose another name for the plan") from None
+        if not replace and path.exists():
+            raise OutputConflict("file exists already", where=path, hint="choose another name")
+        part.write_bytes(data)
+        os.replace(part, path)
     except OSError as error:
-        from mxconv.errors import ResourceError
-
-        raise ResourceError(f"cannot write the plan: {error.strerror}", where=path) from None
-
-
-def columns(values: Sequence[object]) -> str:
-    """Values side by side in one line."""
-    return " · ".join(str(value) for value in values)
+        raise ResourceError(f"cannot write: {error.strerror}", where=path, hint="choose another place") from None

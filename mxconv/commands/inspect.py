@@ -40,7 +40,11 @@ def command(checkpoint: Path, plan_file: Path | None, **flags: Any) -> int:
         if settings.stated("scheme"):
             scheme = get_scheme(settings.scheme, group_size=settings.group_size, hadamard_block=settings.hadamard_block)
         request = Request(
-            layout=choose_layout(settings, checkpoint), tp=settings.tp or 1, scheme=scheme, ignore=settings.ignore, drop=settings.drop
+            layout=choose_layout(settings, checkpoint),
+            tp=settings.tp or 1,
+            scheme=scheme,
+            ignore=settings.ignore,
+            drop=settings.drop,
         )
         view = inspect_checkpoint(
             checkpoint, request, drop=settings.drop, workers=settings.workers, memory_bytes=settings.memory

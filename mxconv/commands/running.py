@@ -47,8 +47,8 @@ def run_job(prepared: Prepared, output: Path, settings: Settings, console: Conso
     else:
         again = f" ({result.done_before} of {result.units} units were done before)" if result.done_before else ""
         console.line(
-            f"{output}: {size(written)} in {len(files)} files, {duration(result.seconds)}, read {rate(plan.read_bytes / max(result.seconds, 1e-9))}, "
-            f"{result.workers} workers{again}"
+            f"{output}: {size(written)} in {len(files)} files, {duration(result.seconds)}, "
+            f"read {rate(plan.read_bytes / max(result.seconds, 1e-9))}, {result.workers} workers{again}"
         )
         console.line(f"manifest {result.manifest.sha256[:16]} · plan {plan.digest[:16]}")
     console.document(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from mxconv.errors import MalformedInput
-from mxconv.execute.rawbits import Raw, to_float32
-from mxconv.execute.reading import Findings, SourceReader
+from mxconv.execute.job import Done, Job
+from mxconv.execute.rawbits import to_float32
+from mxconv.execute.reading import Findings
 from mxconv.mapping.decay import compare_decay, decay_buffer, layer_slopes
 from mxconv.plan.pieces import BLOCK_BYTES
-from mxconv.plan.values import Plan, Unit
+from mxconv.plan.values import Unit
 from mxconv.source import TIED_HEAD
 
 
-def run_check_decay(unit: Unit, plan: Plan, reader: SourceReader, findings: Findings) -> dict[str, object]:
+def run_check_decay(unit: Unit, job: Job, findings: Findings) -> Done:
     """Compare a layer's stored decay buffers with the formula; with `keep_decay` hand back the stored slopes instead.
 
-    Returns the facts of the unit: {"slopes": [hex floats]} when stored slopes are to be kept. Raises MalformedInput (3).
+    The facts are {"slopes": [hex floats]} when stored slopes are to be kept. Raises MalformedInput (3).
     """
+    reader, plan = job.reader, job.plan
     config, layer = reader.source.config, unit.layer or 0
     slopes = layer_slopes(config.num_attention_heads, layer, config.num_layers)
     facts: dict[str, object] = {}
@@ -36,11 +38,12 @@ def run_check_decay(unit: Unit, plan: Plan, reader: SourceReader, findings: Find
             raise problem
         if buffer == "slope_rate":
             facts["slopes"] = [float(value).hex() for value in values.reshape(-1)]
-    return facts
+    return Done(facts=facts)
 
 
-def run_check_tied(unit: Unit, plan: Plan, reader: SourceReader, findings: Findings) -> dict[str, object]:
+def run_check_tied(unit: Unit, job: Job, findings: Findings) -> Done:
     """A head stored beside tied embeddings must be the embedding. Raises MalformedInput (3) with the first row that differs."""
+    reader = job.reader
     (rank, embedding), (_, head) = unit.reads
     shapes = [reader.source.stored(rank, name) for name in (embedding, head)]
     if shapes[0].shape != shapes[1].shape or shapes[0].dtype != shapes[1].dtype:
@@ -59,16 +62,17 @@ def run_check_tied(unit: Unit, plan: Plan, reader: SourceReader, findings: Findi
             row = start + int(np.argmax((a != b).any(axis=1)))
             raise MalformedInput(
                 "tie_word_embeddings is true, but a different lm_head is stored", where=TIED_HEAD, expected="the embedding",
-                got=f"first difference in row {row}", hint="set tie_word_embeddings to false in a copy of config.json if the head is meant",
+                got=f"first difference in row {row}", hint="if the head is meant, set tie_word_embeddings to false in a copy of config.json",
             )  # fmt: skip
-    return {}
+    return Done()
 
 
-def run_decay(unit: Unit, plan: Plan, reader: SourceReader, findings: Findings) -> list[Raw]:
+def run_decay(unit: Unit, job: Job, findings: Findings) -> Done:
     """The buffers of a lightning layer, float32, for unpatched transformers: from the formula, or from slopes once kept."""
-    config, layer = plan.target, unit.layer or 0
-    kept = (reader.source.config.artifact or {}).get("slopes", {}).get(str(layer))
+    config, layer = job.plan.target, unit.layer or 0
+    kept = (job.reader.source.config.artifact or {}).get("slopes", {}).get(str(layer))
     slopes = layer_slopes(config.num_attention_heads, layer, config.num_layers)
     if kept is not None:
         slopes = np.array([float.fromhex(value) for value in kept])
-    return [decay_buffer(output.spec.name.rsplit(".", 1)[1], slopes, config.block_size) for output in unit.outputs]
+    buffers = [output.spec.name.rsplit(".", 1)[1] for output in unit.outputs]
+    return Done(arrays=[decay_buffer(buffer, slopes, config.block_size) for buffer in buffers])

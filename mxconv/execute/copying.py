@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mxconv.execute.job import Done, Job
 from mxconv.execute.rawbits import Raw, assign, convert, raw_dtype
 from mxconv.execute.reading import Block, Findings, SourceReader
 from mxconv.mapping.containers import Part
@@ -26,14 +27,15 @@ class _Place:
     dtype: str
 
 
-def run_copy(unit: Unit, plan: Plan, reader: SourceReader, findings: Findings) -> list[Raw]:
+def run_copy(unit: Unit, job: Job, findings: Findings) -> Done:
     """The stored values of each piece of `unit`, in the order of its outputs."""
+    reader = job.reader
     arrays = [np.zeros(box_shape(piece.box), raw_dtype(piece.container.dtype)) for piece in unit.pieces]
     places: dict[str, list[_Place]] = defaultdict(list)
     for piece, array in zip(unit.pieces, arrays, strict=True):
         for part, local in zip(piece.parts, piece.locals_, strict=True):
             places[part.parameter].append(_place(piece, array, part, local))
-    orders = _rope_orders(plan, reader)
+    orders = _rope_orders(job.plan, reader)
     for block in _source_blocks(places, reader, findings):
         order = orders.get(block.parameter)
         values = block.values if order is None else np.take(block.values, order, axis=1)
@@ -44,7 +46,7 @@ def run_copy(unit: Unit, plan: Plan, reader: SourceReader, findings: Findings) -
                 target = place.view[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(both, place.room, strict=True))]
                 assign(target, convert(source, block.dtype, place.dtype))
     findings.raise_bad()
-    return arrays
+    return Done(arrays=arrays)
 
 
 def _place(piece: Piece, array: Raw, part: Part, local: Box) -> _Place:

@@ -7,13 +7,14 @@ outputs are held whole, the source never is. A tensor-wide scale takes two passe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mxconv.calibrate import Statistics
 from mxconv.errors import MxconvError
+from mxconv.execute.job import Done, Job
 from mxconv.execute.rawbits import Raw, assign, raw_dtype, to_float32
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.mapping.parameters import Parameter
@@ -28,21 +29,13 @@ from mxconv.quantize.schemes import FP8_BLOCK, Scheme
 from mxconv.tensors import TORCH_NAMES, whole
 
 
-class ActivationStatistics(Protocol):
-    """What calibration measured (calibrate.statistics)."""
-
-    def absmax(self, layer: int, expert: int, projection: str, rotation: int) -> float:
-        """Largest absolute value of the projection's input after a Hadamard rotation of that block (0: none)."""
-
-
-def run_quantize(
-    unit: Unit, scheme: Scheme, reader: SourceReader, findings: Findings, statistics: ActivationStatistics | None
-) -> tuple[list[Raw], dict[str, object]]:
-    """The stored tensors of `unit` in the order of its outputs, and facts worth a warning."""
+def run_quantize(unit: Unit, job: Job, findings: Findings) -> Done:
+    """The stored tensors of `unit` in the order of its outputs, and how many scales its consumer will hold as subnormals."""
+    scheme, reader = job.plan.request.scheme, job.reader
+    if scheme is None or unit.projection is None or unit.layer is None or unit.expert is None:
+        raise MxconvError("a quantize unit names no projection or scheme", where=unit.id)
     params = {param.name: param for param in reader.source.parameters if param.name in unit.sources}
     sources = [params[name] for name in unit.sources]
-    if unit.projection is None or unit.layer is None or unit.expert is None:
-        raise MxconvError("a quantize unit names no projection", where=unit.id)
     out_features, in_features = sources[0].shape
     encoder = ProjectionEncoder(scheme, unit.projection, out_features, in_features)
     one_scale = _tensor_scale(encoder, sources, reader, findings) if encoder.passes == 2 else None
@@ -53,15 +46,15 @@ def run_quantize(
         facts["subnormal_scales"] = small
     activation = None
     if scheme.static:
-        if statistics is None:
+        if job.statistics is None:
             raise MxconvError("a static scheme has no calibration statistics", where=unit.id)
-        activation = _activation_scale(unit.layer, unit.expert, unit.projection, scheme, statistics)
+        activation = _activation_scale(unit.layer, unit.expert, unit.projection, scheme, job.statistics)
     arrays: list[Raw] = []
     for coded, rank_codes in zip(unit.coded, codes, strict=True):
         arrays += [rank_codes.numpy(), _rank_scale(scheme, unit.projection, scales, coded.rank, len(unit.coded)).numpy()]
         if activation is not None:
             arrays.append(activation)
-    return arrays, facts
+    return Done(arrays=arrays, facts=facts)
 
 
 def _tensor_scale(encoder: ProjectionEncoder, sources: list[Parameter], reader: SourceReader, findings: Findings) -> float:
@@ -76,7 +69,12 @@ def _tensor_scale(encoder: ProjectionEncoder, sources: list[Parameter], reader: 
 
 
 def _encode(
-    unit: Unit, encoder: ProjectionEncoder, sources: list[Parameter], reader: SourceReader, findings: Findings, one_scale: float | None
+    unit: Unit,
+    encoder: ProjectionEncoder,
+    sources: list[Parameter],
+    reader: SourceReader,
+    findings: Findings,
+    one_scale: float | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Codes of each rank in stored orientation, and the canonical scale of each source over all ranks."""
     scheme, ranks = encoder.scheme, len(unit.coded)
@@ -160,7 +158,7 @@ def _as_torch(values: Raw, dtype: str) -> Tensor:
     return tensor
 
 
-def _activation_scale(layer: int, expert: int, projection: str, scheme: Scheme, statistics: ActivationStatistics) -> Raw:
+def _activation_scale(layer: int, expert: int, projection: str, scheme: Scheme, statistics: Statistics) -> Raw:
     """float32 [1]: the calibrated absmax of the projection's (rotated) input, divided where the scheme stores it so."""
     absmax = np.float32(statistics.absmax(layer, expert, projection, scheme.rotation[projection]))
     value = absmax / np.float32(scheme.activation.divisor) if scheme.activation.stored_divided else absmax

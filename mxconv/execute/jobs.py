@@ -99,7 +99,10 @@ def _read_given(path: Path, source: Source) -> tuple[Statistics, np.ndarray]:
     found = read_statistics(folder / FILE_NAME if path.is_dir() else path)
     if found.source_digest != source.headers_digest():
         raise MalformedInput(
-            "these statistics are of another checkpoint", where=path, expected=source.headers_digest()[:16], got=found.source_digest[:16]
+            "these statistics are of another checkpoint",
+            where=path,
+            expected=source.headers_digest()[:16],
+            got=found.source_digest[:16],
         )
     ids = load_tokens(source.root, folder / TOKENS_NAME, source.config.vocab_size)
     if tokens_digest(ids) != found.tokens_digest:
@@ -108,11 +111,16 @@ def _read_given(path: Path, source: Source) -> tuple[Statistics, np.ndarray]:
 
 
 def execute(prepared: Prepared, output: Path, options: RunOptions, progress: Progress = SILENT) -> RunResult:
-    """Run a prepared job into the folder `output`. Raises what `run_plan` raises, and UsageError for an output inside the source."""
+    """Run a prepared job into the folder `output`.
+
+    Raises what `run_plan` raises, and UsageError for an output inside the source.
+    """
     prepared.source.require_weights()
     out, root = output.resolve(), prepared.source.root.resolve()
     if out == root or out.is_relative_to(root):
-        raise UsageError("the output folder lies inside the source, which is never written to", where=output, hint="choose another folder")
+        raise UsageError(
+            "the output folder lies inside the source, which is never written to", where=output, hint="choose another folder"
+        )
     if root.is_relative_to(out):
         raise UsageError("the source lies inside the output folder", where=output, hint="choose another folder")
     if prepared.plan.request.scheme is not None and prepared.plan.request.scheme.static and prepared.statistics is None:

@@ -18,8 +18,8 @@ _SCALES = {
     "tensor": "one float32 scale a tensor (gate and up together, all ranks): absmax of the rotated tensor / 448",
 }
 _CODES = {
-    "int4": "int4 codes −7..7 (−8 never), q = rint(fl(fl(w/scale)·7)) half to even, two's complement, packed along in, low nibble = even "
-    "input; weight = q·weight_scale/7",
+    "int4": "int4 codes −7..7 (−8 never), q = rint(fl(fl(w/scale)·7)) half to even, two's complement, packed along in, low nibble "
+    "= even input; weight = q·weight_scale/7",
     "e4m3": "e4m3fn codes clamped to ±448, stored as int8 bytes; weight = q·weight_scale",
 }
 _ACTIVATIONS = {
@@ -39,7 +39,8 @@ def conventions(scheme: Scheme) -> dict[str, Any]:
         "scale": _SCALES[scheme.granularity].format(g=scheme.group_size),
         "scale_axes": scheme.scale_orientation,
         "zero": "a group, row, block or tensor of zeros has scale 1",
-        "activation": f"{rule.code}, {_ACTIVATIONS[rule.scale]}; x ≈ xq·absmax/{rule.divisor:g}, half to even, clamped to ±{rule.code_max:g}",
+        "activation": f"{rule.code}, {_ACTIVATIONS[rule.scale]}; x ≈ xq·absmax/{rule.divisor:g}, half to even, "
+        f"clamped to ±{rule.code_max:g}",
         "activation_scale": ("absmax/448" if rule.stored_divided else "absmax") if scheme.static else None,
         "method": "rtn",
     }

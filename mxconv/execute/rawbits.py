@@ -14,7 +14,7 @@ from mxconv.tensors import DTYPE_BYTES
 
 Raw = np.ndarray
 
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_UNSIGNED: Mapping[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # dtype → bits of the exponent; all set means Inf or NaN
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 TILE = 128
@@ -42,16 +42,20 @@ def _widen_bf16(values: Raw) -> Raw:
 
 def _narrow_to_bf16(values: Raw) -> Raw:
     if bool((values & np.uint32(0xFFFF)).any()):
-        raise IntegrityError("a float32 value does not fit the bf16 that the source had", hint="the artifact was changed after it was made")
+        raise IntegrityError(
+            "a float32 value does not fit the bf16 that the source had", hint="the artifact was changed after it was made"
+        )
     return (values >> np.uint32(16)).astype(np.uint16)
 
 
-def _through_float(source: type, target: type, raw: type) -> Callable[[Raw], Raw]:
+def _through_float(source: type[np.floating], target: type[np.floating], raw: type[np.unsignedinteger]) -> Callable[[Raw], Raw]:
     def convert(values: Raw) -> Raw:
         before = values.view(source)
         after = before.astype(target)
         if not np.array_equal(after.astype(source), before, equal_nan=True):
-            raise IntegrityError("a value does not fit the dtype that the source had", hint="the artifact was changed after it was made")
+            raise IntegrityError(
+                "a value does not fit the dtype that the source had", hint="the artifact was changed after it was made"
+            )
         return after.view(raw)
 
     return convert

@@ -32,7 +32,7 @@ class Block:
 class Findings:
     """What the blocks of one unit showed: the hash of the source bytes read, and Inf or NaN per tensor."""
 
-    sha256: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
     bad: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def look(self, container: Container, part: Part, block: Block) -> None:
@@ -48,7 +48,9 @@ class Findings:
     def raise_bad(self) -> None:
         """Raise NumericError when a weight of the unit is not finite."""
         for name, (count, where) in self.bad.items():
-            raise NumericError(f"{count} weights are NaN or infinite, the first at {where}", where=name, hint="the source is damaged or overflowed")
+            raise NumericError(
+                f"{count} weights are NaN or infinite, the first at {where}", where=name, hint="the source is damaged or overflowed"
+            )
 
 
 class SourceReader:

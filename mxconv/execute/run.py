@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from mxconv.calibrate import Statistics
 from mxconv.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ResourceError
 from mxconv.execute.checking import run_check_decay, run_check_tied, run_decay
 from mxconv.execute.copying import run_copy
+from mxconv.execute.job import Done, Job
 from mxconv.execute.manifest_facts import manifest_facts
-from mxconv.execute.rawbits import Raw
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.execute.sidecars import config_bytes, index_files, sidecars
-from mxconv.plan.values import Plan, Unit
+from mxconv.plan.values import Op, Plan, Unit
 from mxconv.progress import SILENT, Progress
 from mxconv.source import Source
 
@@ -88,7 +88,9 @@ class Stop:
         """The error that says so, with the exit code of the signal."""
         name = "SIGTERM" if self.signal == signal.SIGTERM else "interrupt"
         code = EXIT_SIGTERM if self.signal == signal.SIGTERM else EXIT_SIGINT
-        return Interrupted(f"stopped by {name}; what is done is kept", exit_code=code, hint="run the same command with --resume to go on")
+        return Interrupted(
+            f"stopped by {name}; what is done is kept", exit_code=code, hint="run the same command with --resume to go on"
+        )
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def catching_signals(stop: Stop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: object) -> None:
         stop.set(number)
@@ -117,7 +119,8 @@ def usable_workers(plan: Plan, options: RunOptions) -> int:
     need = plan.largest_unit_bytes
     if need > options.memory_bytes:
         raise ResourceError(
-            "the memory budget is too small for the largest unit", expected=f"at least {need} bytes", got=f"{options.memory_bytes} bytes",
+            "the memory budget is too small for the largest unit", expected=f"at least {need} bytes",
+            got=f"{options.memory_bytes} bytes",
             hint=f"give --memory {-(-need >> 20)}MiB or more",
         )  # fmt: skip
     return max(1, min(options.workers, options.memory_bytes // max(1, need), len(plan.units)))
@@ -139,7 +142,13 @@ def require_disk(plan: Plan, root: Path) -> None:
 
 
 def run_plan(
-    plan: Plan, source: Source, root: Path, options: RunOptions, *, statistics: StatisticsMaker | None = None, progress: Progress = SILENT
+    plan: Plan,
+    source: Source,
+    root: Path,
+    options: RunOptions,
+    *,
+    statistics: StatisticsMaker | None = None,
+    progress: Progress = SILENT,
 ) -> RunResult:
     """Write the artifact of `plan` into `root`.
 
@@ -149,9 +158,10 @@ def run_plan(
     began = time.monotonic()
     workers = usable_workers(plan, options)
     stop = Stop()
-    with catching_signals(stop), open_output(
-        root, plan_digest=plan.digest, resume=options.resume, overwrite=options.overwrite, progress=progress
-    ) as output:
+    with (
+        catching_signals(stop),
+        open_output(root, plan_digest=plan.digest, resume=options.resume, overwrite=options.overwrite, progress=progress) as output,
+    ):
         if output.finished is not None:
             check_artifact(output.root, output.finished, workers=workers, progress=progress).require()
             return _result(output.root, output.finished, plan, len(plan.units), True, began, workers, ())
@@ -177,15 +187,19 @@ def _run_units(
     """Checks first, then the rest in the order in which the source lies on the disk."""
     todo = [unit for unit in plan.units if unit.id not in writer.done]
     reader = SourceReader(source, stop.check)
+    job = Job(plan=plan, reader=reader, statistics=statistics)
     progress.start("quantize" if plan.request.scheme else "convert", plan.read_bytes)
     progress.advance(plan.read_bytes - sum(unit.read_bytes for unit in todo))
     try:
-        for batch in ([u for u in todo if not u.outputs], sorted((u for u in todo if u.outputs), key=lambda u: _position(source, u))):
+        for batch in (
+            [u for u in todo if not u.outputs],
+            sorted((u for u in todo if u.outputs), key=lambda u: _position(source, u)),
+        ):
             with _torch_threads(plan), ThreadPoolExecutor(workers, thread_name_prefix="mxconv-unit") as pool:
 
                 def work(unit: Unit) -> None:
                     stop.check()
-                    _run_unit(unit, plan, reader, writer, regions[unit.id], statistics)
+                    _run_unit(unit, job, writer, regions[unit.id])
                     progress.advance(unit.read_bytes, unit.id)
 
                 _wait([pool.submit(work, unit) for unit in batch], stop)
@@ -232,28 +246,28 @@ def _position(source: Source, unit: Unit) -> tuple[int, int, int]:
     return rank, tensor.file, tensor.offset
 
 
-def _run_unit(
-    unit: Unit, plan: Plan, reader: SourceReader, writer: ArtifactWriter, regions: Sequence[Region], statistics: Statistics | None
-) -> None:
+def _run_quantize(unit: Unit, job: Job, findings: Findings) -> Done:
+    from mxconv.execute.encoding import run_quantize  # torch, only where something is computed
+
+    return run_quantize(unit, job, findings)
+
+
+OPERATIONS: Mapping[Op, Callable[[Unit, Job, Findings], Done]] = {
+    "check_decay": run_check_decay,
+    "check_tied": run_check_tied,
+    "copy": run_copy,
+    "quantize": _run_quantize,
+    "decay": run_decay,
+}
+
+
+def _run_unit(unit: Unit, job: Job, writer: ArtifactWriter, regions: Sequence[Region]) -> None:
     """Compute one unit, write its regions, commit it."""
     findings = Findings()
-    facts: dict[str, object] = {}
-    arrays: list[Raw] = []
-    if unit.op == "copy":
-        arrays = run_copy(unit, plan, reader, findings)
-    elif unit.op == "decay":
-        arrays = run_decay(unit, plan, reader, findings)
-    elif unit.op == "check_decay":
-        facts = run_check_decay(unit, plan, reader, findings)
-    elif unit.op == "check_tied":
-        facts = run_check_tied(unit, plan, reader, findings)
-    else:
-        from mxconv.execute.encoding import run_quantize  # torch, only where something is computed
-
-        arrays, facts = run_quantize(unit, plan.request.scheme, reader, findings, statistics)
-    reader.check_unchanged(unit.reads)
-    digests = [writer.write(region, array) for region, array in zip(regions, arrays, strict=True)]
-    writer.commit(unit.id, source_sha256=findings.sha256.hexdigest(), outputs=digests, facts=facts)
+    done = OPERATIONS[unit.op](unit, job, findings)
+    job.reader.check_unchanged(unit.reads)
+    digests = [writer.write(region, array) for region, array in zip(regions, done.arrays, strict=True)]
+    writer.commit(unit.id, source_sha256=findings.sha256.hexdigest(), outputs=digests, facts=done.facts)
 
 
 def _publish(plan: Plan, source: Source, writer: ArtifactWriter, statistics: Statistics | None) -> tuple[Manifest, tuple[str, ...]]:
@@ -267,7 +281,9 @@ def _publish(plan: Plan, source: Source, writer: ArtifactWriter, statistics: Sta
         notes.append(f"{subnormal} int4 scales are subnormal in the consumer's float16 copy (groups with absmax under about 4e-4)")
     if slopes:
         warnings["kept_decay_layers"] = sorted(map(int, slopes))
-        notes.append(f"{len(slopes)} layers keep decay slopes that are not the model's; the fastdeploy consumer ignores them and uses the formula")
+        notes.append(
+            f"{len(slopes)} layers keep decay slopes that are not the model's; the fastdeploy consumer uses the formula"
+        )
     if statistics is not None and statistics.unseen:
         listed = ", ".join(f"{layer}.{expert}" for layer, expert in statistics.unseen[:12])
         notes.append(f"{len(statistics.unseen)} experts saw no calibration token and take their layer's largest absmax: {listed}")

@@ -161,9 +161,7 @@ def _mismatch(rank: int, ranks: int, name: str) -> str:
     return f"rank{rank}: {name}" if ranks > 1 else name
 
 
-def bind(
-    table: Table, config: ModelConfig, params: Sequence[Parameter], ranks: Sequence[Mapping[str, TensorSpec]]
-) -> Bound:
+def bind(table: Table, config: ModelConfig, params: Sequence[Parameter], ranks: Sequence[Mapping[str, TensorSpec]]) -> Bound:
     """Match the tensors that each rank's headers hold to `table` and `params`.
 
     Every tensor matches exactly one rule or is unexpected (IncompleteInput: this is another model); every parameter is held
@@ -185,7 +183,8 @@ def bind(
                 continue
             rule, numbers = found
             layer, expert = numbers.get("l"), numbers.get("e")
-            if layer is not None and layer >= config.num_layers or (rule.layers and config.layer_types[layer or 0] != rule.layers):
+            beyond = layer is not None and layer >= config.num_layers
+            if beyond or (rule.layers and config.layer_types[layer or 0] != rule.layers):
                 problems.append(_unexpected(where))
                 continue
             if rule.dropped:
@@ -217,7 +216,9 @@ def bind(
 
 def _unexpected(where: str) -> IncompleteInput:
     return IncompleteInput(
-        "tensor is not one of this model's", where=where, hint="--drop PATTERN leaves a tensor out on purpose, and the manifest says so"
+        "tensor is not one of this model's",
+        where=where,
+        hint="--drop PATTERN leaves a tensor out on purpose, and the manifest says so",
     )
 
 
@@ -225,10 +226,14 @@ def _spec_problems(container: Container, spec: TensorSpec, where: str) -> list[M
     problems: list[MxconvError] = []
     if spec.shape != container.shape:
         problems.append(
-            MalformedInput("tensor has another shape than the config says", where=where, expected=list(container.shape), got=list(spec.shape))
+            MalformedInput(
+                "tensor has another shape than the config says", where=where, expected=list(container.shape), got=list(spec.shape)
+            )
         )
     if spec.dtype not in FLOAT_DTYPES:
-        problems.append(MalformedInput("weight has a dtype that is no weight's", where=where, expected="BF16, F16, F32 or F64", got=spec.dtype))
+        problems.append(
+            MalformedInput("weight has a dtype that is no weight's", where=where, expected="BF16, F16, F32 or F64", got=spec.dtype)
+        )
     return problems
 
 

@@ -58,7 +58,9 @@ def decay_buffer(name: str, slopes: np.ndarray, block: int) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def compare_decay(name: str, stored: np.ndarray, slopes: np.ndarray, block: int, *, where: str, layer: int) -> MalformedInput | None:
+def compare_decay(
+    name: str, stored: np.ndarray, slopes: np.ndarray, block: int, *, where: str, layer: int
+) -> MalformedInput | None:
     """The problem with a stored float buffer, None when it is the formula's within the tolerance."""
     wanted = decay_buffer(name, slopes, block).astype(np.float64)
     difference = np.abs(stored.astype(np.float64).reshape(wanted.shape) - wanted)

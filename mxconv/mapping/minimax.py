@@ -33,7 +33,8 @@ MINIMAX = Table(
             axes="E (* I) H", group="experts", read_only=True,
         ),
         Rule(
-            pattern=_L + "mlp.experts.down_proj", holds=("layers.{l}.experts.{e}.down",), axes="E H I", group="experts", read_only=True
+            pattern=_L + "mlp.experts.down_proj", holds=("layers.{l}.experts.{e}.down",), axes="E H I", group="experts",
+            read_only=True,
         ),
         *(Rule(pattern=_L + f"self_attn.{name}", group="decay", dropped=_DECAY) for name in DECAY_BUFFERS),
     ),
@@ -57,7 +58,9 @@ def minimax_problems(config: ModelConfig, *, dense_mlp: bool) -> list[UsageError
         reasons.append("it has shared experts, and this dialect has none")
     if dense_mlp:
         reasons.append("it has a dense mlp, and this dialect has none")
-    return [UsageError(f"the minimax dialect cannot hold this model: {reason}", hint="choose --layout minimax-m1") for reason in reasons]
+    return [
+        UsageError(f"the minimax dialect cannot hold this model: {reason}", hint="choose --layout minimax-m1") for reason in reasons
+    ]
 
 
 def minimax_config(config: ModelConfig) -> dict[str, Any]:

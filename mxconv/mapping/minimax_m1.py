@@ -30,7 +30,9 @@ COMMON_RULES = (
         layers=LINEAR, group="lightning",
     ),
     Rule(pattern=_L + "self_attn.norm.weight", holds=("layers.{l}.linear_norm",), axes="(N D)", layers=LINEAR, group="lightning"),
-    Rule(pattern=_L + "self_attn.out_proj.weight", holds=("layers.{l}.attn_out",), axes="H (N D)", layers=LINEAR, group="lightning"),
+    Rule(
+        pattern=_L + "self_attn.out_proj.weight", holds=("layers.{l}.attn_out",), axes="H (N D)", layers=LINEAR, group="lightning"
+    ),
     Rule(pattern=_L + "self_attn.q_proj.weight", holds=("layers.{l}.q",), axes="(N D) H", layers=FULL, group="attention"),
     Rule(pattern=_L + "self_attn.k_proj.weight", holds=("layers.{l}.k",), axes="(N D) H", layers=FULL, group="attention"),
     Rule(pattern=_L + "self_attn.v_proj.weight", holds=("layers.{l}.v",), axes="(N D) H", layers=FULL, group="attention"),

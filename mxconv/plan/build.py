@@ -47,7 +47,8 @@ def build_plan(source: Source, request: Request) -> Plan:
     )  # fmt: skip
     return Plan(
         request=request, layout=target.layout, source_digest=source.headers_digest(), source_summary=summary(source),
-        config=target.config, config_text=target.config_text, target=target.model, files=files, rank_files=rank_files, file_of=file_of, units=units,
+        config=target.config, config_text=target.config_text, target=target.model, files=files,
+        rank_files=rank_files, file_of=file_of, units=units,
         groups=group_sizes(source, units), notes=(*source.notes, *_notes(source, request, ignored)),
         dropped=source.dropped, ignored_layers=ignored, numerics=numerics, numerics_digest=digest(numerics),
         placement_digest=digest(placement), index_metadata=target.index_metadata, with_index=target.with_index,
@@ -66,7 +67,11 @@ def ignored_layers(source: Source, request: Request) -> tuple[tuple[int, ...], l
     for pattern in request.ignore:
         hits = {layer: sum(fnmatch.fnmatchcase(name, pattern) for name in names) for layer, names in experts.items()}
         if request.scheme is None or not any(hits.values()):
-            problems.append(UsageError("--ignore matches no tensor that would be quantized", got=pattern, hint="give a glob of expert tensor names"))
+            problems.append(
+                UsageError(
+                    "--ignore matches no tensor that would be quantized", got=pattern, hint="give a glob of expert tensor names"
+                )
+            )
         partly = [layer for layer, count in hits.items() if 0 < count < len(experts[layer])]
         if partly:
             problems.append(
@@ -122,7 +127,10 @@ def _place(
         rank_files.append(tuple(range(len(files), len(files) + len(placed))))
         files += placed
     file_of = {
-        (rank, tensor.name): index for rank, indexes in enumerate(rank_files) for index in indexes for tensor in files[index].tensors
+        (rank, tensor.name): index
+        for rank, indexes in enumerate(rank_files)
+        for index in indexes
+        for tensor in files[index].tensors
     }
     return tuple(files), tuple(rank_files), file_of
 
@@ -155,8 +163,8 @@ def _notes(source: Source, request: Request, ignored: tuple[int, ...]) -> list[s
         notes.append(f"{buffers} decay buffers: compared with the model's formula when weights are read, then dropped")
     if ignored:
         notes.append(
-            f"{len(ignored)} layers keep their experts unquantized (--ignore): the fastdeploy consumer has one moe_quant_type for all "
-            "layers and does not load such a mixture"
+            f"{len(ignored)} layers keep their experts unquantized (--ignore): the fastdeploy consumer has one moe_quant_type for "
+            "all layers and does not load such a mixture"
         )
     if request.scheme is not None and request.scheme.name == "tensor_wise_fp8":
         notes.append("tensor_wise_fp8 experts do not load in FastDeploy since its #3547 (2025-08)")
@@ -221,7 +229,7 @@ def source_groups(bound: Bound, source: Source) -> Mapping[str, tuple[set[str], 
         entry[1] += sum(_room(part.box) for part in container.parts)
         entry[2].add(container.dtype)
         entry[3] += container.size_bytes
-    return {group: tuple(found[group]) for group in GROUP_ORDER if group in found}  # type: ignore[misc]
+    return {group: tuple(found[group]) for group in GROUP_ORDER if group in found}
 
 
 def _room(box: Iterable[tuple[int, int]]) -> int:

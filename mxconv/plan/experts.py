@@ -93,5 +93,7 @@ def quantize_problems(config: ModelConfig, scheme: Scheme, ranks: int) -> list[s
     rotation_in = {"up_gate_proj": hidden, "down_proj": each}
     for projection, block in scheme.rotation.items():
         if block and rotation_in[projection] % block:
-            found.append(f"the input of {projection}, {rotation_in[projection]:g} a rank, is no multiple of the Hadamard block {block}")
+            found.append(
+                f"the input of {projection}, {rotation_in[projection]:g} a rank, is no multiple of the Hadamard block {block}"
+            )
     return found

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mxconv.mapping.bind import Bound
 from mxconv.mapping.containers import Container, Part
-from mxconv.mapping.rules import Rule
 from mxconv.plan.values import Output, Piece, Unit
 from mxconv.tensors import DTYPE_BYTES, Box, box_shape, whole
 

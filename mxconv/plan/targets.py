@@ -57,7 +57,9 @@ def request_problems(source: Source, request: Request, layout: str) -> list[Mxco
     if request.scheme is not None and layout != "fastdeploy":
         problems.append(UsageError(f"layout {layout} holds no quantized experts", expected="layout fastdeploy"))
     if request.scheme is not None and source.dense_mlp:
-        problems.append(UsageError("this model has a dense mlp and no routed experts to quantize", hint="mxconv convert keeps it as it is"))
+        problems.append(
+            UsageError("this model has a dense mlp and no routed experts to quantize", hint="mxconv convert keeps it as it is")
+        )
     if not table.ranked and request.tp != 1:
         problems.append(UsageError(f"layout {layout} has no tensor-parallel ranks", expected="--tp 1", got=f"--tp {request.tp}"))
     elif request.tp < 1:
@@ -66,7 +68,9 @@ def request_problems(source: Source, request: Request, layout: str) -> list[Mxco
         valid = valid_tp(source, table, request.scheme)
         reason = "; ".join(reasons)
         if valid:
-            problems.append(UsageError(f"tp {request.tp} does not divide this model: {reason}", expected=f"tp {' or '.join(map(str, valid))}"))
+            problems.append(
+                UsageError(f"tp {request.tp} does not divide this model: {reason}", expected=f"tp {' or '.join(map(str, valid))}")
+            )
         else:
             problems.append(UsageError(f"no tp fits this model: {reason}"))
     if layout == "minimax":
@@ -170,7 +174,7 @@ def _as_embedding(head: Container) -> Container:
 def _original_dtypes(origin: Mapping[str, Any]) -> dict[str, str]:
     """Parameter → dtype in the checkpoint that an artifact was made from (its router may have been bf16)."""
     table, model = TABLES[origin["dialect"]], parse_config(origin["config"], "manifest.json: source.config")
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     for name, dtype in origin["dtypes"].items():
         found = table.match(name)
         if found is not None and found[0].holds:

@@ -155,7 +155,12 @@ class Plan:
     def document(self) -> dict[str, Any]:
         """The whole plan as JSON values, in a fixed order; `digest` is the SHA-256 of its canonical text."""
         return plan_document(
-            numerics=self.numerics, layout=self.layout, tp=len(self.rank_files), files=self.files, units=self.units, config=self.config
+            numerics=self.numerics,
+            layout=self.layout,
+            tp=len(self.rank_files),
+            files=self.files,
+            units=self.units,
+            config=self.config,
         )
 
 
@@ -190,7 +195,13 @@ def unit_document(unit: Unit) -> dict[str, Any]:
 
 
 def plan_document(
-    *, numerics: Mapping[str, Any], layout: str, tp: int, files: Sequence[PlacedFile], units: Sequence[Unit], config: Mapping[str, Any]
+    *,
+    numerics: Mapping[str, Any],
+    layout: str,
+    tp: int,
+    files: Sequence[PlacedFile],
+    units: Sequence[Unit],
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The canonical JSON document of a plan (`Plan.document`)."""
     return {
@@ -208,7 +219,11 @@ def placement_document(layout: str, tp: int, files: Sequence[PlacedFile]) -> dic
         "layout": layout,
         "tp": tp,
         "files": [
-            {"path": f.path, "size": f.size_bytes, "tensors": [[t.name, t.dtype, list(t.shape), f.offsets[t.name]] for t in f.tensors]}
+            {
+                "path": f.path,
+                "size": f.size_bytes,
+                "tensors": [[t.name, t.dtype, list(t.shape), f.offsets[t.name]] for t in f.tensors],
+            }
             for f in files
         ],
     }

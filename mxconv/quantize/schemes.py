@@ -132,12 +132,14 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             ),
             Scheme(
                 name="block_wise_fp8", weight="e4m3", granularity="block", group_size=None, activation=_E4M3_TOKEN_GROUP,
-                rotation=_rotation(0, 0), scale_orientation="in,out", quant_type="block_wise_fp8", is_permuted=True, dynamic_flag=None,
+                rotation=_rotation(0, 0), scale_orientation="in,out", quant_type="block_wise_fp8", is_permuted=True,
+                dynamic_flag=None,
                 summary="e4m3 weights in blocks of 128×128, e4m3 activations scaled per token and 128 inputs",
             ),
             Scheme(
                 name="tensor_wise_fp8", weight="e4m3", granularity="tensor", group_size=None, activation=_E4M3_TENSOR,
-                rotation=_rotation(32, 32), scale_orientation="one", quant_type="tensor_wise_fp8", is_permuted=True, dynamic_flag=False,
+                rotation=_rotation(32, 32), scale_orientation="one", quant_type="tensor_wise_fp8", is_permuted=True,
+                dynamic_flag=False,
                 summary="e4m3 weights with one scale a tensor, e4m3 activations with one calibrated scale",
             ),
         )
@@ -162,9 +164,13 @@ def get_scheme(name: str, *, group_size: int | Literal["channel"] | None = None,
                 summary="int4 weights per output channel, e4m3 activations with one calibrated scale",
             )  # fmt: skip
         elif scheme.granularity == "group" and isinstance(group_size, int) and group_size > 0 and group_size % 128 == 0:
-            scheme = replace(scheme, group_size=group_size, summary=scheme.summary.replace("groups of 128", f"groups of {group_size}"))
+            scheme = replace(
+                scheme, group_size=group_size, summary=scheme.summary.replace("groups of 128", f"groups of {group_size}")
+            )
         else:
-            allowed = {"w4afp8": "a multiple of 128", "w4afp8_static": "a multiple of 128, or channel"}.get(name, "none for this scheme")
+            allowed = {"w4afp8": "a multiple of 128", "w4afp8_static": "a multiple of 128, or channel"}.get(
+                name, "none for this scheme"
+            )
             raise UsageError(f"scheme {name} has no group size {group_size}", expected=allowed)
     if hadamard_block is not None and hadamard_block != scheme.rotation["down_proj"]:
         if scheme.weight != "int4" or hadamard_block not in HADAMARD_BLOCKS:

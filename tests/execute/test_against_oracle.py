@@ -101,7 +101,8 @@ def test_quantize(tmp_path: Path, scheme: str, tp: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "group", "hadamard"), [("w4afp8", 256, 256), ("w4afp8_static", "channel", 128), ("w4afp8", 128, 512), ("w4a8", None, 256)]
+    ("scheme", "group", "hadamard"),
+    [("w4afp8", 256, 256), ("w4afp8_static", "channel", 128), ("w4afp8", 128, 512), ("w4a8", None, 256)],
 )
 def test_quantize_with_other_groups_and_rotations(tmp_path: Path, scheme: str, group: Any, hadamard: int) -> None:
     source = make_checkpoint(tmp_path / "source", layers="ls", hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=16)

@@ -87,7 +87,9 @@ def test_the_minimax_dialect_by_way_of_the_other_one(tmp_path: Path, name: str) 
     assert_same_checkpoint(tmp_path / "back", source)
 
 
-@pytest.mark.parametrize("shape", [{}, {"heads": 12, "kv_heads": 4, "head_dim": 8, "rotary_dim": 4}, {"tied": "yes"}, {"vocab": 100}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"heads": 12, "kv_heads": 4, "head_dim": 8, "rotary_dim": 4}, {"tied": "yes"}, {"vocab": 100}]
+)
 def test_m1_to_minimax_and_on_to_m1_keeps_every_tensor(tmp_path: Path, shape: dict[str, Any]) -> None:
     source = make_checkpoint(tmp_path / "source", **shape)
     convert(source, tmp_path / "hf", layout="minimax")
@@ -96,7 +98,9 @@ def test_m1_to_minimax_and_on_to_m1_keeps_every_tensor(tmp_path: Path, shape: di
 
 
 @pytest.mark.parametrize("layout", ["fastdeploy", "minimax", "minimax-m1"])
-@pytest.mark.parametrize(("dialect", "name"), [("minimax-m1", "m1-like"), ("minimax-m1", "tied"), *(("minimax", name) for name in HF)])
+@pytest.mark.parametrize(
+    ("dialect", "name"), [("minimax-m1", "m1-like"), ("minimax-m1", "tied"), *(("minimax", name) for name in HF)]
+)
 def test_every_form_computes_the_same_logits(tmp_path: Path, dialect: str, name: str, layout: str) -> None:
     """The runtime, which does not know the mapping tables, sees the same model in every form."""
     source = make_checkpoint(tmp_path / "source", dialect=dialect, **(M1 if dialect == "minimax-m1" else HF)[name])
@@ -108,7 +112,12 @@ def test_every_form_computes_the_same_logits(tmp_path: Path, dialect: str, name:
 
 
 @pytest.mark.parametrize(
-    ("shape", "word"), [({"postnorm": False}, "postnorm"), ({"shared": 64}, "shared"), ({"dense": True, "experts": 1, "experts_per_token": 1}, "dense")]
+    ("shape", "word"),
+    [
+        ({"postnorm": False}, "postnorm"),
+        ({"shared": 64}, "shared"),
+        ({"dense": True, "experts": 1, "experts_per_token": 1}, "dense"),
+    ],
 )
 def test_what_the_minimax_dialect_cannot_hold_is_refused(tmp_path: Path, shape: dict[str, Any], word: str) -> None:
     source = make_checkpoint(tmp_path / "source", **shape)

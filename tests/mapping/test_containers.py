@@ -8,7 +8,7 @@ import pytest
 from mxconv.mapping.containers import Container, Part, parse_axes
 from mxconv.tensors import whole
 
-N, D, H, KV, I, E = 4, 3, 5, 2, 6, 3
+N, D, H, KV, I, E = 4, 3, 5, 2, 6, 3  # noqa: E741
 
 
 def part(name: str, axes: str, shape: tuple[int, ...], slot: int = 0, stack: int | None = None) -> Part:
