@@ -24,7 +24,7 @@ PATH = click.Path(path_type=Path)
 # option → (its names, what click is told about it)
 _TABLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "tp": (("--tp",), {"metavar": "N", "help": "Tensor-parallel ranks."}),
-    "layout": (("--layout",), {"metavar": "NAME", "help": "fastdeploy, minimax-m1, minimax, or source (what an artifact was made from)."}),
+    "layout": (("--layout",), {"metavar": "NAME", "help": "fastdeploy, minimax-m1, minimax, or source (an artifact's origin)."}),
     "scheme": (("--scheme",), {"metavar": "NAME", "help": "w4afp8, w4afp8_static, w4a8, block_wise_fp8 or tensor_wise_fp8."}),
     "group_size": (("--group-size",), {"metavar": "N", "help": "Inputs that share an int4 scale: a multiple of 128, or channel."}),
     "hadamard_block": (("--hadamard-block",), {"metavar": "N", "help": "Rotation of the int4 schemes: 128, 256, 512 or 1024."}),
@@ -34,7 +34,7 @@ _TABLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "calibration": (("--calibration",), {"metavar": "FILE", "help": "Text, or token ids as .npy (default: a built-in text)."}),
     "ignore": (("--ignore",), {"metavar": "PATTERN", "multiple": True, "help": "Keep these layers' experts unquantized (a glob)."}),
     "drop": (("--drop",), {"metavar": "PATTERN", "multiple": True, "help": "Leave unexpected tensors out (a glob of names)."}),
-    "keep_decay": (("--keep-decay",), {"is_flag": True, "default": None, "help": "Use stored decay buffers that differ from the formula."}),
+    "keep_decay": (("--keep-decay",), {"is_flag": True, "default": None, "help": "Use stored decay that differs from the formula."}),
     "resume": (("--resume",), {"is_flag": True, "help": "Go on with an interrupted run, or check a finished one."}),
     "overwrite": (("--overwrite",), {"is_flag": True, "help": "Replace what is in the output folder, at the very end."}),
     "dry_run": (("--dry-run",), {"is_flag": True, "help": "Plan and report; write nothing."}),

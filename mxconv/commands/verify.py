@@ -42,8 +42,8 @@ def command(
         from mxconv.verify import Options, verify
 
         request = Options(
-            source=source, tp=settings.tp if settings.stated("tp") else None, device=settings.device,
-            windows=windows, window=window, text=text, tokens=tokens, reference=reference, limits=settings.limits, keep_decay=bool(keep_decay),
+            source=source, tp=settings.tp if settings.stated("tp") else None, device=settings.device, windows=windows,
+            window=window, text=text, tokens=tokens, reference=reference, limits=settings.limits, keep_decay=bool(keep_decay),
             memory_bytes=settings.memory, seed=seed, hash_files=hash_files,
         )  # fmt: skip
         report = verify(artifact, request, console)

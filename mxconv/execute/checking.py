@@ -62,7 +62,8 @@ def run_check_tied(unit: Unit, job: Job, findings: Findings) -> Done:
             row = start + int(np.argmax((a != b).any(axis=1)))
             raise MalformedInput(
                 "tie_word_embeddings is true, but a different lm_head is stored", where=TIED_HEAD, expected="the embedding",
-                got=f"first difference in row {row}", hint="if the head is meant, set tie_word_embeddings to false in a copy of config.json",
+                got=f"first difference in row {row}",
+                hint="if the head is meant, set tie_word_embeddings to false in a copy of config.json",
             )  # fmt: skip
     return Done()
 
