@@ -123,12 +123,34 @@ def test_scales_where_seven_times_a_weight_overflows(largest):
     assert_same(encoded(w, SCHEMES["w4afp8"], UP), expected(w, SCHEMES["w4afp8"], UP))
 
 
-@pytest.mark.parametrize("exponent", [-149, -140, -133, -126, -110, -100])
+@pytest.mark.parametrize("exponent", [-149, -146, -145, -144, -140, -133, -126, -110, -100])
 @pytest.mark.parametrize("name", ["block_wise_fp8", "tensor_wise_fp8", "w4afp8"])
 def test_subnormal_weights_and_scales(name, exponent):
     w = torch.randn(128, 512, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 8 * 2.0**exponent
     for projection in (UP, DOWN):
         assert_same(encoded(w.float(), SCHEMES[name], projection), expected(w.float(), SCHEMES[name], projection))
+
+
+def test_float32_weights_beside_every_tie():
+    """Where w/s·7 is within a few roundings of k+½, one formula's last bit decides; the reference's must."""
+    make = torch.Generator().manual_seed(12)
+    absmax = torch.rand(96, 4, 1, generator=make) + 0.5
+    w = absmax * (2 * torch.randint(0, 7, (96, 4, 127), generator=make) + 1) / 14
+    w = (w.view(torch.int32) + torch.randint(-2, 3, w.shape, generator=make, dtype=torch.int32)).view(torch.float32)
+    w = torch.cat((absmax, w), dim=2).view(96, 512)
+    for projection in (UP, DOWN):
+        assert_same(encoded(w, SCHEMES["w4afp8"], projection), expected(w, SCHEMES["w4afp8"], projection))
+    one_pass = (7 * w.view(96, 4, 128) / absmax).round().view(96, 512)
+    assert not torch.equal(one_pass.to(torch.int8), reference.encode(w, SCHEMES["w4afp8"], UP).codes)
+
+
+def test_a_tensor_scale_that_is_too_small_saturates():
+    w, scheme = torch.randn(64, 512).bfloat16(), SCHEMES["tensor_wise_fp8"]
+    scale = reference.tensor_scale(float(reference.weight_absmax(w, scheme, UP))) / 16
+    codes, _ = ProjectionEncoder(scheme, UP, 64, 512).encode(w, scale)
+    rotated = reference.rotate_weight(w, scheme, UP)
+    assert torch.equal(codes, reference.e4m3_codes(rotated, torch.tensor([scale])).t())
+    assert (codes == 0x7E).any() and not ((codes & 0x7F) == 0x7F).any()
 
 
 def test_encode_allocates_what_encode_into_fills():

@@ -30,10 +30,8 @@ def cut(tensor: Tensor, axis: int, rank: int, ranks: int) -> Tensor:
 
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
-    return all(
-        x.contiguous().numpy().tobytes() == y.contiguous().numpy().tobytes() and x.shape == y.shape
-        for x, y in zip(a, b, strict=True)
-    )
+    pairs = list(zip(a, b, strict=True))
+    return all(x.shape == y.shape and x.contiguous().numpy().tobytes() == y.contiguous().numpy().tobytes() for x, y in pairs)
 
 
 def weights(seed: int, out_features: int, in_features: int) -> Tensor:

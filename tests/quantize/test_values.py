@@ -72,7 +72,8 @@ def test_int4_down_projection_is_rotated(name, index, byte):
 
 
 @pytest.mark.parametrize(
-    "name, projection, scale", [("w4afp8", UP, 1.0), ("w4a8", DOWN, 1 / math.sqrt(128)), ("block_wise_fp8", UP, 1.0)]
+    "name, projection, scale",
+    [("w4afp8", UP, 1.0), ("w4a8", DOWN, 1 / math.sqrt(128)), ("block_wise_fp8", UP, 1.0)],
 )
 def test_all_zero_sets_get_scale_one(name, projection, scale):
     coded = reference.encode(torch.zeros(128, 128), SCHEMES[name], projection)
@@ -132,9 +133,10 @@ def test_all_256_e4m3_codes_decode_as_the_format_says():
     values = reference.e4m3_values(torch.arange(256, dtype=torch.uint8).view(torch.int8)).tolist()
     for byte, value in enumerate(values):
         expected = naive.e4m3_value(byte)
-        assert (math.isnan(value) and math.isnan(expected)) or (
-            value == expected and math.copysign(1, value) == math.copysign(1, expected)
-        )
+        if math.isnan(expected):
+            assert math.isnan(value)
+        else:
+            assert value == expected and math.copysign(1, value) == math.copysign(1, expected)
 
 
 def test_every_boundary_between_e4m3_codes_rounds_half_to_even():
