@@ -6,12 +6,16 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
+import safetensors
 
-from mxconv.artifact import ArtifactWriter, Manifest, Region, open_output, publish
+from mxconv.artifact import ArtifactWriter, Manifest, Region, find_artifact, open_output, publish
+from mxconv.errors import IncompleteInput
 from mxconv.placement import PlacedFile, place_file
 from mxconv.tensors import DTYPE_BYTES, TensorSpec, whole
 
@@ -112,8 +116,6 @@ def run(
 
 def wrong_files(root: Path) -> list[str]:
     """Shards under a final name in `root` that the safetensors package does not open or that hold wrong values."""
-    import safetensors
-
     wrong = []
     for file in files():
         path = root / file.path
@@ -127,3 +129,25 @@ def wrong_files(root: Path) -> list[str]:
         if stored != {t.name: tensor_bytes(file.path, t).tobytes() for t in file.tensors}:
             wrong.append(file.path)
     return wrong
+
+
+def assert_nothing_wrong(root: Path, *, published: bool) -> None:
+    """What a reader may find after a crash: final names that are right, no artifact before the manifest, no parsing part."""
+    assert wrong_files(root) == []
+    for part in root.rglob(".*.safetensors.*.part"):
+        final = part.with_name(part.name[1:].rsplit(".", 2)[0])
+        try:
+            safetensors.deserialize(part.read_bytes())
+        except safetensors.SafetensorError:
+            continue
+        part_root = root.parent / "parsed"
+        target = part_root / final.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(part, target)
+        assert wrong_files(part_root) == []  # the length came last: whatever parses is whole
+        shutil.rmtree(part_root)
+    if published:
+        assert find_artifact(root) is not None
+    elif list(root.rglob("*")):
+        with pytest.raises(IncompleteInput):
+            find_artifact(root)

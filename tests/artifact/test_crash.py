@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors
 
-from mxconv.artifact import failpoints, find_artifact, tree_digest
-from mxconv.errors import IncompleteInput, IntegrityError, MxconvError
+from mxconv.artifact import failpoints, tree_digest
+from mxconv.artifact.names import part_path
+from mxconv.errors import IntegrityError, MxconvError
 from tests.artifact import sample
 
 PUBLISHED = ("manifest-linked", "journal-removed", "exchanged", "old-removed")
@@ -44,28 +44,6 @@ def die_at(name: str, count: int, root: Path, **options: bool) -> int:
     return in_child(work)
 
 
-def assert_nothing_wrong(root: Path, *, published: bool) -> None:
-    """What a reader may find after a crash: final names that are right, no artifact before the manifest, no parsing part."""
-    assert sample.wrong_files(root) == []
-    for part in root.rglob(".*.safetensors.*.part"):
-        final = part.with_name(part.name[1:].rsplit(".", 2)[0])
-        try:
-            safetensors.deserialize(part.read_bytes())
-        except safetensors.SafetensorError:
-            continue
-        part_root = root.parent / "parsed"
-        target = part_root / final.relative_to(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(part, target)
-        assert sample.wrong_files(part_root) == []  # the length came last: whatever parses is whole
-        shutil.rmtree(part_root)
-    if published:
-        assert find_artifact(root) is not None
-    elif list(root.rglob("*")):
-        with pytest.raises(IncompleteInput):
-            find_artifact(root)
-
-
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("clean") / "out"
@@ -83,7 +61,7 @@ def test_killed_at_every_step_then_resumed(name: str, count: int, tmp_path: Path
         assert status == 0 and tree_digest(root) == clean
         return
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert_nothing_wrong(root, published=name in PUBLISHED)
+    sample.assert_nothing_wrong(root, published=name in PUBLISHED)
     committed = sum(b'"kind":"unit"' in line for line in journal_lines(root))
     _, computed = sample.run(root, resume=True)
     assert tree_digest(root) == clean
@@ -128,7 +106,7 @@ def test_killed_at_random_moments(kills: int, tmp_path: Path, clean: str) -> Non
             lambda: sample.run(root, resume=True, on_unit=lambda _: time.sleep(0.004)), kill_after=random_.uniform(0.0, 0.15)
         )
         died += os.WIFSIGNALED(status)
-        assert_nothing_wrong(root, published=(root / "manifest.json").exists())
+        sample.assert_nothing_wrong(root, published=(root / "manifest.json").exists())
         if (root / "manifest.json").exists():
             sample.run(root, resume=True)
             assert tree_digest(root) == clean
@@ -233,3 +211,28 @@ def test_an_unknown_failpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MxconvError, match="no-such-step"):
         failpoints.arm("no-such-step")
     failpoints.reach("journal-created")  # nothing is armed
+
+
+def test_a_part_that_goes_on_parses_no_more(tmp_path: Path) -> None:
+    """Killed between length and link, then damaged: while the damaged unit is redone, the part must not look whole."""
+    root = tmp_path / "out"
+    assert os.WIFSIGNALED(die_at("length-synced", 1, root))
+    part = next(part for part in root.rglob(".model*.part") if part.read_bytes()[:8] != bytes(8))
+    number = next(
+        i for i, file in enumerate(sample.files()) if part.parent == (root / file.path).parent and Path(file.path).name in part.name
+    )
+    with open(part, "r+b") as file:
+        file.seek(sample.files()[number].offsets[f"l{number % 2}.codes"])
+        file.write(b"damaged")
+    heads: list[bytes] = []
+    sample.run(root, resume=True, on_unit=lambda unit: heads.append(part.read_bytes()[:8]))
+    assert heads and set(heads) == {bytes(8)}
+
+
+def test_a_second_name_of_a_finished_file_goes(tmp_path: Path, clean: str) -> None:
+    root = tmp_path / "out"
+    assert os.WIFSIGNALED(die_at("file-recorded", 4, root))
+    final = root / sample.files()[0].path
+    os.link(final, part_path(final, sample.PLAN))
+    _, computed = sample.run(root, resume=True)
+    assert not computed and tree_digest(root) == clean

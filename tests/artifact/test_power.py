@@ -1,0 +1,43 @@
+"""Power loss at any moment of a run, unsynced writes dropped: nothing wrong has a final name, a resume gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mxconv.artifact import tree_digest
+from tests.artifact import sample
+from tests.artifact.power import Disk
+
+
+@pytest.mark.parametrize("states", [120, pytest.param(2000, marks=pytest.mark.thorough)])
+def test_power_loss(states: int, tmp_path: Path) -> None:
+    root = tmp_path / "run" / "out"
+    root.parent.mkdir()
+    disk = Disk(root)
+    with pytest.MonkeyPatch.context() as patch, disk.recording(patch):
+        sample.run(root, order=random.Random(1))
+    clean = tree_digest(root)
+    kinds = {event.kind for event in disk.events}
+    assert kinds == {"change", "sync", "names", "sync-names"} and len(disk.events) > 200
+    random_ = random.Random(77)
+    seen: set[bool] = set()
+    for state in range(states):
+        target = tmp_path / "cut" / "out"
+        target.mkdir(parents=True)
+        at = len(disk.events) if state == 0 else random_.randint(1, len(disk.events))
+        disk.cut(at, random_, target)
+        published = (target / "manifest.json").exists()
+        seen.add(published)
+        sample.assert_nothing_wrong(target, published=published)
+        with pytest.MonkeyPatch.context() as patch:  # the resume itself needs no durable disk
+            patch.setattr(os, "fdatasync", lambda fd: None)
+            patch.setattr(os, "fsync", lambda fd: None)
+            sample.run(target, resume=True)
+        assert tree_digest(target) == clean, at
+        shutil.rmtree(target.parent)
+    assert seen == {True, False}
