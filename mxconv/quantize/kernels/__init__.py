@@ -1,0 +1,1 @@
+"""How one tile of weights is encoded on a device; every kernel is held to quantize/reference.py bit for bit."""
