@@ -401,7 +401,7 @@ def read_regular(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> bytes:
         if info.st_size > limit_bytes:
             raise MalformedInput("file is too large", where=path, expected=f"at most {limit_bytes} bytes", got=info.st_size)
         with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(limit_bytes)
+            return file.read(info.st_size)  # the limit itself would set 256 MiB aside
     finally:
         os.close(fd)
 
