@@ -13,6 +13,8 @@ BUNDLED = REPOSITORY / "mxconv" / "data" / "demo"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests run in as many processes as there are cores; several threads each would only wait for one another.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "thorough: ten times the size; runs only with --thorough")
 

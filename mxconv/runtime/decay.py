@@ -50,35 +50,35 @@ def _follows(name: str, stored: Tensor, rates: Tensor, block: int) -> bool:
     return bool((stored.to(torch.float64) - expected).abs().le(relative * expected.abs() + absolute).all())
 
 
-def compare(
-    buffers: Mapping[str, Tensor], rates: Sequence[float], *, layer: int, block: int, keep: bool
-) -> Sequence[float] | None:
-    """None when the stored `buffers` of `layer` follow the formula's `rates`; the stored rates when they do not and `keep` is set.
-
-    Raises MalformedInput when they differ and `keep` is not set, and when they contradict each other.
-    """
+def check_formula(buffers: Mapping[str, Tensor], rates: Sequence[float], *, layer: int, block: int) -> None:
+    """Raise MalformedInput unless the stored `buffers` of `layer` are those of `rates`."""
     formula = torch.tensor(rates, dtype=torch.float64)
     differing = [name for name, stored in buffers.items() if not _follows(name, stored, formula, block)]
-    if not differing:
-        return None
-    where = f"model.layers.{layer}.self_attn.{differing[0]}"
-    if not keep:
+    if differing:
         raise MalformedInput(
-            f"layer {layer}: the stored decay buffers differ from the formula of the original model", where=where,
+            f"layer {layer}: the stored decay buffers differ from the formula of the original model", where=_name(layer, differing[0]),
             expected=f"slopes of {[round(s, 6) for s in rates[:4]]} …",
             hint="a checkpoint trained with transformers' own slopes needs --keep-decay (keep_decay=True)",
         )  # fmt: skip
+
+
+def own_rates(buffers: Mapping[str, Tensor], *, layer: int, block: int) -> list[float]:
+    """The rates that the stored `buffers` of `layer` hold; MalformedInput when there are none or they contradict each other."""
     stored = buffers.get("slope_rate")
     if stored is None or not bool((stored >= 0).all() & stored.isfinite().all()):
-        raise MalformedInput(f"layer {layer}: the stored decay buffers hold no usable slope_rate", where=where)
+        raise MalformedInput(f"layer {layer}: the stored decay buffers hold no usable slope_rate", where=_name(layer, "slope_rate"))
     own = stored.flatten().to(torch.float64)
     wrong = [name for name, values in buffers.items() if not _follows(name, values, own, block)]
     if wrong:
         raise MalformedInput(
-            f"layer {layer}: the stored decay buffers contradict each other", where=f"model.layers.{layer}.self_attn.{wrong[0]}",
+            f"layer {layer}: the stored decay buffers contradict each other", where=_name(layer, wrong[0]),
             expected="the decay that slope_rate gives",
         )  # fmt: skip
     return own.tolist()
+
+
+def _name(layer: int, buffer: str) -> str:
+    return f"model.layers.{layer}.self_attn.{buffer}"
 
 
 def block_rates(config: ModelConfig, where: str) -> dict[int, list[float]]:

@@ -45,6 +45,10 @@ class DecoderLayer:
         h = rms_norm(x, self.mlp_norm, self.eps)
         return self._add(h if self.postnorm else x, self.feed_forward(h, batch.mask, activations, observer), self.mlp_factors)
 
+    def release(self) -> None:
+        """Let the weights go, whoever still holds the layer: the next one must not stand in memory beside them."""
+        del self.attention, self.feed_forward
+
     @staticmethod
     def _add(residual: Tensor, update: Tensor, factors: tuple[float, float]) -> Tensor:
         alpha, beta = factors

@@ -50,7 +50,7 @@ class Linear:
 
 
 def _codes(scaled: Tensor, rule: ActivationRule, rint: bool) -> Tensor:
-    """`scaled` rounded to the rule's code and back."""
+    """`scaled` rounded to the rule's code and back; the e4m3 cast rounds its float32 value, also in a float64 model."""
     if rule.code == "int8" or rint:
         scaled = scaled.round()
     scaled = scaled.clamp(-rule.code_max, rule.code_max)

@@ -22,15 +22,22 @@ CUTS: Mapping[str, str] = {
 }  # fmt: skip
 
 
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat` that keeps [in, out] memory order, so that products have the bits of an artifact written as one rank."""
+    if parts[0].dim() == 2 and parts[0].stride(0) == 1:
+        return torch.cat([part.t() for part in parts], 1 - dim).t()
+    return torch.cat(tuple(parts), dim)
+
+
 def _halves(parts: Sequence[Tensor], dim: int) -> Tensor:
     """[gate_0 | up_0], [gate_1 | up_1], … → [gate_0 | gate_1 … | up_0 | up_1 …] along `dim`."""
     split = [part.chunk(2, dim) for part in parts]
-    return torch.cat([gate for gate, _ in split] + [up for _, up in split], dim)
+    return _cat([gate for gate, _ in split] + [up for _, up in split], dim)
 
 
 def join(parts: Sequence[Tensor], cut: str) -> Tensor:
     """One weight [out, in] (or a 1-D norm) from those of the ranks."""
-    return _halves(parts, 0) if cut == _HALVES else torch.cat(tuple(parts), dim=0 if cut == _OUT else 1)
+    return _halves(parts, 0) if cut == _HALVES else _cat(parts, 0 if cut == _OUT else 1)
 
 
 def join_scales(scales: Sequence[Tensor], scheme: Scheme, cut: str) -> Tensor | None:
@@ -41,7 +48,7 @@ def join_scales(scales: Sequence[Tensor], scheme: Scheme, cut: str) -> Tensor | 
     if orientation == "out":
         return _halves(scales, 0)
     out_dim = 0 if orientation == "out,in" else 1
-    return _halves(scales, out_dim) if cut == _HALVES else torch.cat(tuple(scales), dim=1 - out_dim)
+    return _halves(scales, out_dim) if cut == _HALVES else _cat(scales, 1 - out_dim)
 
 
 class MergedWeights(Weights):
@@ -82,9 +89,9 @@ class MergedWeights(Weights):
             low, high = max(start - part * each, 0), min(stop - part * each, each)
             if low < high:
                 pieces.append(self.parts.rows(name, part, low, high))
-        joined = torch.cat(pieces) if pieces else self.parts.rows(name, 0, 0, 0)
+        joined = _cat(pieces, 0) if pieces else self.parts.rows(name, 0, 0, 0)
         missing = stop - start - len(joined)
-        return torch.cat((joined, joined.new_zeros(missing, joined.shape[1]))) if missing else joined
+        return _cat((joined, joined.new_zeros(missing, joined.shape[1])), 0) if missing else joined
 
     def read(self, layer: int | None, name: str, rank: int) -> tuple[Tensor, ...]:
         """See `Weights.read`."""

@@ -102,9 +102,14 @@ class Model:
         layer = self._layers.get(index)
         if layer is None:
             layer = DecoderLayer(self.weights, index, self.group, self.device, self.dtype, keep=not self.stream)
-            if not self.stream:
-                self._layers[index] = layer
-        yield layer
+        if not self.stream:
+            self._layers[index] = layer
+            yield layer
+            return
+        try:
+            yield layer
+        finally:
+            layer.release()
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm before the head."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mxconv.checkpoint import ByteReader, Shards, rank_folders, read_shards
+from mxconv.checkpoint import ByteReader, Shards, StoredTensor, rank_folders, read_shards
 from mxconv.config import LINEAR, ModelConfig, read_config
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, UsageError, printable, raise_all
 from mxconv.quantize.schemes import FP8_BLOCK, Scheme, scheme_from_block
@@ -40,7 +41,7 @@ def open_weights(path: str | Path, *, tp: int | None = None, merge: bool = False
     if block is None:
         if _unfinished(root):
             raise _no_manifest(root)
-        weights = _source(root, config, tp or 1, keep_decay)
+        weights = _source(root, config, 1 if tp is None else tp, keep_decay)
     else:
         weights = _artifact(root, config, block, tp, keep_decay)
     return MergedWeights(weights) if merge and weights.tp > 1 else weights
@@ -67,7 +68,7 @@ def _artifact(root: Path, config: ModelConfig, block: Mapping[str, object], tp: 
     if not isinstance(name, str) or name not in LAYOUTS:
         raise UsageError("the runtime does not read this layout", where=where, expected=" or ".join(LAYOUTS), got=repr(name))
     if not LAYOUTS[name].per_rank:
-        return _source(root, config, tp or 1, keep_decay)
+        return _source(root, config, 1 if tp is None else tp, keep_decay)
     if isinstance(own, bool) or not isinstance(own, int):
         raise MalformedInput("mxconv block: tp is not a number of ranks", where=where, got=repr(own))
     if tp not in (None, own):
@@ -140,30 +141,38 @@ def _check_tied(weights: StoredWeights, root: Path) -> None:
             )  # fmt: skip
 
 
-def _buffered_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Layers of which transformers saves decay buffers."""
-    return tuple(i for i, kind in enumerate(config.layer_types) if kind == LINEAR and config.dialect == "minimax")
-
-
 def _stored_rates(
     config: ModelConfig, shards: Shards, recorded: Mapping[int, Sequence[float]], keep: bool
-) -> dict[int, Sequence[float]]:
-    """`recorded` rates, and those of the layers whose stored buffers differ from formula and record; see decay.py for errors."""
-    heads, kept = config.num_attention_heads, dict(recorded)
+) -> Mapping[int, Sequence[float]]:
+    """`recorded` rates; with `keep` those of the stored buffers of every layer, as soon as one layer's differ from what is known."""
+    known = {layer: lightning.decay_rates(config.num_attention_heads, layer, config.num_layers) for layer in range(config.num_layers)}
+    known |= {layer: list(rates) for layer, rates in recorded.items()}
+    differs, kept = False, dict(recorded)
     with ByteReader(shards) as reader:
-        for layer in _buffered_layers(config):
-            names = {name: f"model.layers.{layer}.self_attn.{name}" for name in decay.BUFFERS}
-            shapes = decay.buffer_shapes(heads, config.block_size)
-            stored = {
-                name: shards.tensors[full] for name, full in names.items()
-                if full in shards.tensors and shards.tensors[full].shape == shapes[name]
-            }  # fmt: skip
-            buffers = {
-                name: torch.from_numpy(reader.read(tensor)).view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
-                for name, tensor in stored.items()
-            }
-            known = recorded.get(layer) or lightning.decay_rates(heads, layer, config.num_layers)
-            rates = decay.compare(buffers, known, layer=layer, block=config.block_size, keep=keep)
-            if rates is not None:
-                kept[layer] = rates
-    return kept
+        for layer, names in _buffers(config, shards).items():
+            buffers = {name: _read(reader, tensor) for name, tensor in names.items()}
+            try:
+                decay.check_formula(buffers, known[layer], layer=layer, block=config.block_size)
+            except MalformedInput:
+                if not keep:
+                    raise
+                differs = True
+            if keep:
+                kept[layer] = decay.own_rates(buffers, layer=layer, block=config.block_size)
+    return kept if differs else recorded
+
+
+def _buffers(config: ModelConfig, shards: Shards) -> dict[int, dict[str, StoredTensor]]:
+    """Lightning layer → the decay buffers that transformers saved for it, those of another shape left for `differences`."""
+    shapes = decay.buffer_shapes(config.num_attention_heads, config.block_size)
+    found: dict[int, dict[str, StoredTensor]] = {}
+    for layer, kind in enumerate(config.layer_types):
+        for name, shape in shapes.items() if kind == LINEAR and config.dialect == "minimax" else ():
+            tensor = shards.tensors.get(f"model.layers.{layer}.self_attn.{name}")
+            if tensor is not None and tensor.shape == shape:
+                found.setdefault(layer, {})[name] = tensor
+    return found
+
+
+def _read(reader: ByteReader, tensor: StoredTensor) -> Tensor:
+    return torch.from_numpy(reader.read(tensor)).view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor
 from tests.oracle.forward import F64, Oracle, silu
 
 
+@lru_cache
 def matrix(block: int) -> Tensor:
     """H_block: entry (i, j) is the parity of the bits that i and j share."""
     return torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(block)] for i in range(block)], dtype=F64)
 
 
 def e4m3_round(x: Tensor) -> Tensor:
-    """The nearest e4m3 value, ties to even mantissas, saturating at 448; from the format's definition."""
+    """The nearest e4m3 value of x in float32, ties to even mantissas, saturating at 448; from the format's definition."""
+    x = x.float().double()
     magnitude = x.abs().clamp(max=448.0)
     exponent = torch.floor(torch.log2(magnitude.clamp(min=2.0**-6))).clamp(min=-6)
     step = 2.0 ** (exponent - 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from mxconv.runtime import Model
 from mxconv.runtime.coded import rotate
 
 FLOAT32_BAR, FLOAT64_BAR = 2e-6, 1e-7
-QUANTIZABLE = {"hidden": 128, "intermediate": 512, "heads": 8, "kv_heads": 2, "vocab": 200, "layers": "lsl"}
+QUANTIZABLE: dict[str, Any] = {"hidden": 256, "intermediate": 512, "heads": 8, "kv_heads": 2, "vocab": 200, "layers": "lsl"}
 """A small shape that every scheme can hold at 1, 2 and 4 ranks; its vocabulary is no multiple of 64."""
 
 
