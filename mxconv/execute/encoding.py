@@ -22,7 +22,7 @@ from mxconv.plan.experts import streams
 from mxconv.plan.pieces import BLOCK_BYTES
 from mxconv.plan.values import Unit
 from mxconv.quantize.fast import ProjectionEncoder
-from mxconv.quantize.finite import fp16_subnormal_scales
+from mxconv.quantize.finite import fp16_subnormal_scales, require_fp16_scales
 from mxconv.quantize.packing import store_scale
 from mxconv.quantize.reference import scale_shape, tensor_scale
 from mxconv.quantize.schemes import FP8_BLOCK, Scheme
@@ -42,6 +42,9 @@ def run_quantize(unit: Unit, job: Job, findings: Findings) -> Done:
     codes, scales = _encode(unit, encoder, sources, reader, Findings() if encoder.passes == 2 else findings, one_scale)
     findings.raise_bad()
     facts: dict[str, object] = {}
+    if scheme.weight == "int4":
+        for scale in scales:
+            require_fp16_scales(scale, unit.id)
     if scheme.weight == "int4" and (small := sum(fp16_subnormal_scales(scale) for scale in scales)):
         facts["subnormal_scales"] = small
     activation = None

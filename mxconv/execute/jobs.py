@@ -12,11 +12,13 @@ import numpy as np
 from mxconv.artifact import put
 from mxconv.calibrate import FILE_NAME, TOKENS_NAME, Statistics, read_statistics
 from mxconv.calibrate.tokens import load_tokens, tokens_digest
-from mxconv.errors import MalformedInput, MxconvError, UsageError
+from mxconv.errors import MalformedInput, MxconvError, NumericError, UsageError
+from mxconv.execute.reading import Findings, SourceReader
 from mxconv.execute.run import RunOptions, RunResult, StatisticsMaker, Stop, run_plan
 from mxconv.plan import Plan, Request, build_plan
 from mxconv.progress import SILENT, Progress
 from mxconv.source import Source, open_source
+from mxconv.tensors import whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +45,14 @@ class _Measured:
                 return found
         from mxconv.calibrate.observe import calibrate  # torch
 
-        measured = calibrate(
-            self._source.root, self._ids, source_digest=plan.source_digest, device=self._device, keep_decay=self._keep_decay,
-            progress=progress, check=stop.check,
-        )  # fmt: skip
+        try:
+            measured = calibrate(
+                self._source.root, self._ids, source_digest=plan.source_digest, device=self._device,
+                keep_decay=self._keep_decay, progress=progress, check=stop.check,
+            )  # fmt: skip
+        except NumericError:
+            raise_bad_weights(self._source, stop)  # a damaged weight shows first as an activation somewhere behind it
+            raise
         store_statistics(work, measured, self._ids, plan.digest)
         return measured
 
@@ -60,6 +66,19 @@ class _Given:
     def get(self, work: Path, plan: Plan, stop: Stop, progress: Progress) -> Statistics:
         store_statistics(work, self._statistics, self._ids, plan.digest)
         return self._statistics
+
+
+def raise_bad_weights(source: Source, stop: Stop) -> None:
+    """Read the source until a tensor with NaN or infinity is found, and raise the NumericError that names it."""
+    reader = SourceReader(source, stop.check)
+    try:
+        for param in source.parameters:
+            findings = Findings()
+            for _ in reader.blocks(param.name, whole(param.shape), findings):
+                pass
+            findings.raise_bad()
+    finally:
+        reader.close()
 
 
 def store_statistics(work: Path, statistics: Statistics, ids: np.ndarray, plan_digest: str) -> None:

@@ -48,6 +48,22 @@ def find_nonfinite(rows: Tensor, base_row: int = 0) -> NonFinite | None:
     return NonFinite(count=count, first=(base_row + row, column))
 
 
+FP16_MAX_SCALE = 7 * 65504.0
+
+
+def require_fp16_scales(scale: Tensor, tensor: str) -> None:
+    """Raise NumericError when a stored int4 scale overflows the consumer's float16 copy of weight_scale/7."""
+    largest = float(scale.max()) if scale.numel() else 0.0
+    if largest > FP16_MAX_SCALE:
+        raise NumericError(
+            "a weight_scale overflows float16, in which the consumer of the int4 schemes keeps weight_scale/7",
+            where=tensor,
+            expected=f"at most {FP16_MAX_SCALE:g}",
+            got=f"{largest:g}",
+            hint="keep this layer's experts unquantized with --ignore, or choose an fp8 scheme",
+        )
+
+
 def fp16_subnormal_scales(scale: Tensor) -> int:
     """How many stored int4 scales the consumer's float16 copy will hold as subnormals (or zero)."""
     return int((scale < FP16_SAFE_SCALE).sum())
