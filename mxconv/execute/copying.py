@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mxconv.execute.job import Done, Job
-from mxconv.execute.rawbits import Raw, assign, convert, raw_dtype
+from mxconv.execute.rawbits import Raw, convert, raw_dtype
 from mxconv.execute.reading import Block, Findings, SourceReader
 from mxconv.mapping.containers import Part
 from mxconv.mapping.minimax import permuted_order
@@ -44,7 +44,7 @@ def run_copy(unit: Unit, job: Job, findings: Findings) -> Done:
             if both is not None:
                 source = values[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(both, block.box, strict=True))]
                 target = place.view[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(both, place.room, strict=True))]
-                assign(target, convert(source, block.dtype, place.dtype))
+                target[...] = convert(source, block.dtype, place.dtype)
     findings.raise_bad()
     return Done(arrays=arrays)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mxconv.calibrate import Statistics
 from mxconv.errors import MxconvError
 from mxconv.execute.job import Done, Job
-from mxconv.execute.rawbits import Raw, assign, raw_dtype, to_float32
+from mxconv.execute.rawbits import Raw, raw_dtype, to_float32
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.mapping.parameters import Parameter
 from mxconv.plan.experts import streams
@@ -146,7 +146,7 @@ def _row_blocks(
     dtype = holders[0][0].dtype
     matrix = np.empty(param.shape, raw_dtype(dtype))
     for block in reader.blocks(param.name, whole(param.shape), findings):
-        assign(matrix[tuple(slice(*bounds) for bounds in block.box)], block.values)
+        matrix[tuple(slice(*bounds) for bounds in block.box)] = block.values
     step = max(1, BLOCK_BYTES // matrix[:1].nbytes // encoder.rows_multiple) * encoder.rows_multiple
     for start in range(0, param.shape[0], step):
         yield start, _as_torch(matrix[start : start + step], dtype)

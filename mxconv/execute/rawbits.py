@@ -17,7 +17,6 @@ Raw = np.ndarray
 _UNSIGNED: Mapping[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # dtype → bits of the exponent; all set means Inf or NaN
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
-TILE = 128
 
 
 def raw_dtype(dtype: str) -> type[np.unsignedinteger]:
@@ -87,31 +86,3 @@ def to_float32(values: Raw, dtype: str) -> np.ndarray:
     if dtype == "BF16":
         return _widen_bf16(values).view(np.float32)
     return values.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float32)
-
-
-def assign(target: Raw, values: Raw) -> None:
-    """target[...] = values, in cache-sized tiles where one of them is transposed (plain strided assignment is 5 × slower)."""
-    target, values = _two_axes(target, values)
-    if target.ndim != 2 or target.strides[1] == target.itemsize or values.strides[0] == values.itemsize:
-        target[...] = values
-        return
-    rows, columns = target.shape
-    for i in range(0, rows, TILE):
-        for j in range(0, columns, TILE):
-            target[i : i + TILE, j : j + TILE] = values[i : i + TILE, j : j + TILE]
-
-
-def _two_axes(target: Raw, values: Raw) -> tuple[Raw, Raw]:
-    """Both with neighbouring axes merged where that needs no copy, so that a 3-D transposed view becomes a matrix."""
-    for axis in range(target.ndim - 2, -1, -1):
-        if target.ndim <= 2:
-            break
-        if all(x.strides[axis] == x.strides[axis + 1] * x.shape[axis + 1] for x in (target, values)):
-            shape = (*target.shape[:axis], target.shape[axis] * target.shape[axis + 1], *target.shape[axis + 2 :])
-            target = np.lib.stride_tricks.as_strided(target, shape, _merged(target, axis))
-            values = np.lib.stride_tricks.as_strided(values, shape, _merged(values, axis))
-    return target, values
-
-
-def _merged(x: Raw, axis: int) -> tuple[int, ...]:
-    return (*x.strides[:axis], *x.strides[axis + 1 :])
