@@ -41,7 +41,8 @@ class Batch:
 def check_ids(ids: Tensor, vocabulary: int) -> None:
     """Raise UsageError unless `ids` is an integer tensor [B, T], not empty, of ids below `vocabulary`."""
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
-        raise UsageError("token ids must be a tensor [B, T] that is not empty", expected="int64", got=f"{ids.dtype} {list(ids.shape)}")
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise UsageError("token ids must be a tensor [B, T] that is not empty", expected="int64", got=got)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise UsageError("token id outside the vocabulary", expected=f"0 … {vocabulary - 1}", got=low if low < 0 else high)

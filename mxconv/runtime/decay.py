@@ -56,7 +56,8 @@ def check_formula(buffers: Mapping[str, Tensor], rates: Sequence[float], *, laye
     differing = [name for name, stored in buffers.items() if not _follows(name, stored, formula, block)]
     if differing:
         raise MalformedInput(
-            f"layer {layer}: the stored decay buffers differ from the formula of the original model", where=_name(layer, differing[0]),
+            f"layer {layer}: the stored decay buffers differ from the formula of the original model",
+            where=_name(layer, differing[0]),
             expected=f"slopes of {[round(s, 6) for s in rates[:4]]} …",
             hint="a checkpoint trained with transformers' own slopes needs --keep-decay (keep_decay=True)",
         )  # fmt: skip

@@ -10,7 +10,7 @@ from mxconv.config import LINEAR, ModelConfig
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable
 from mxconv.quantize.schemes import Scheme
 from mxconv.runtime.coded import PACKED_CODES, scale_shape
-from mxconv.runtime.decay import BUFFERS, buffer_shapes
+from mxconv.runtime.decay import buffer_shapes
 from mxconv.runtime.layouts import Layout, Part
 from mxconv.runtime.sizes import axis_sizes, product, vocabulary_rows
 from mxconv.tensors import FLOAT_DTYPES

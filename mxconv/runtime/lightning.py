@@ -25,7 +25,7 @@ BLOCK = 256
 
 
 def head_slopes(heads: int) -> list[float]:
-    """Slope of each head: 2^(-8(h+1)/heads) for a power of two; otherwise those of the power below, then every other of twice it."""
+    """Slope of each head: 2^(-8(h+1)/heads) for a power of two; else those of the power below, then every other of twice it."""
     below = 1 << (heads.bit_length() - 1)
     if heads == below:
         return [2.0 ** (-8.0 * (head + 1) / heads) for head in range(heads)]
@@ -40,7 +40,7 @@ def decay_rates(heads: int, layer: int, layers: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Decay:
-    """Decay factors of one block: `query` and `key` [B, heads, m, 1], `pair` [B, heads, m, m], `whole` [B, heads, 1, 1]; B may be 1."""
+    """Factors of one block: `query` and `key` [B, heads, m, 1], `pair` [B, heads, m, m], `whole` [B, heads, 1, 1]; B may be 1."""
 
     query: Tensor
     key: Tensor

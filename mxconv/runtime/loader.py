@@ -80,10 +80,10 @@ class Weights(ABC):
         parts = [part for name in names for part in self.read(layer, name, rank)]
         if len(parts) == 1:
             return parts[0].to(dtype)
-        rows = sum(len(part) for part in parts)
+        rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
         # Memory order follows the files: copying [in, out] into [out, in] would be a slow transposition.
         transposed = parts[0].stride(0) == 1
-        joined = torch.empty(parts[0].shape[1], rows, dtype=dtype).t() if transposed else torch.empty(rows, parts[0].shape[1], dtype=dtype)
+        joined = torch.empty(columns, rows, dtype=dtype).t() if transposed else torch.empty(rows, columns, dtype=dtype)
         for part, place in zip(parts, joined.split([len(part) for part in parts]), strict=True):
             place.copy_(part)
         return joined

@@ -79,7 +79,8 @@ def _artifact(root: Path, config: ModelConfig, block: Mapping[str, object], tp: 
     check_tp(config, own)
     folders = rank_folders(root) if own > 1 else (root,)
     if len(folders) != own:
-        raise IncompleteInput("rank folders are missing or too many", where=root, expected=f"rank0 … rank{own - 1}", got=len(folders))
+        expected = f"rank0 … rank{own - 1}"
+        raise IncompleteInput("rank folders are missing or too many", where=root, expected=expected, got=len(folders))
     shards = [read_shards(folder) for folder in folders]
     for each in shards:
         each.require()
@@ -144,15 +145,14 @@ def _check_tied(weights: StoredWeights, root: Path) -> None:
 def _stored_rates(
     config: ModelConfig, shards: Shards, recorded: Mapping[int, Sequence[float]], keep: bool
 ) -> Mapping[int, Sequence[float]]:
-    """`recorded` rates; with `keep` those of the stored buffers of every layer, as soon as one layer's differ from what is known."""
-    known = {layer: lightning.decay_rates(config.num_attention_heads, layer, config.num_layers) for layer in range(config.num_layers)}
-    known |= {layer: list(rates) for layer, rates in recorded.items()}
+    """`recorded` rates; with `keep` those of the stored buffers of every layer, as soon as one layer's differ."""
     differs, kept = False, dict(recorded)
     with ByteReader(shards) as reader:
         for layer, names in _buffers(config, shards).items():
             buffers = {name: _read(reader, tensor) for name, tensor in names.items()}
+            known = recorded.get(layer) or lightning.decay_rates(config.num_attention_heads, layer, config.num_layers)
             try:
-                decay.check_formula(buffers, known[layer], layer=layer, block=config.block_size)
+                decay.check_formula(buffers, known, layer=layer, block=config.block_size)
             except MalformedInput:
                 if not keep:
                     raise

@@ -33,7 +33,8 @@ def corrected(folder: Path, rates: dict[int, list[float]] | None = None) -> torc
         layer_types=["full_attention" if kind else "linear_attention" for kind in c["attn_type_list"]],
         tie_word_embeddings=c["tie_word_embeddings"], bos_token_id=None, eos_token_id=None, max_position_embeddings=8192,
         full_attn_alpha_factor=c["layernorm_full_attention_alpha"], full_attn_beta_factor=c["layernorm_full_attention_beta"],
-        linear_attn_alpha_factor=c["layernorm_linear_attention_alpha"], linear_attn_beta_factor=c["layernorm_linear_attention_beta"],
+        linear_attn_alpha_factor=c["layernorm_linear_attention_alpha"],
+        linear_attn_beta_factor=c["layernorm_linear_attention_beta"],
         mlp_alpha_factor=c["layernorm_mlp_alpha"], mlp_beta_factor=c["layernorm_mlp_beta"],
         rope_parameters={
             "rope_type": "proportional", "partial_rotary_factor": rotary / dim, "rope_theta": c["rope_theta"] ** (dim / rotary)

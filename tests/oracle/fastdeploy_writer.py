@@ -221,9 +221,8 @@ class Writer:
         c["mxconv"] = {"version": 1, "layout": "fastdeploy", "tp": self.tp, "scheme": None}
         if self.row is not None:
             c["mxconv"] |= self.row.block()
-            quant: dict[str, Any] = {"quantization": "mix_quant", "moe_quant_type": self.scheme, "is_permuted": self.row.is_permuted}
-            if self.scheme == "w4afp8_static":
-                quant["moe_quant_type"] = "w4afp8"
+            kind = "w4afp8" if self.scheme == "w4afp8_static" else self.scheme
+            quant: dict[str, Any] = {"quantization": "mix_quant", "moe_quant_type": kind, "is_permuted": self.row.is_permuted}
             if self.scheme != "block_wise_fp8":
                 quant |= {"moe_dynamic_quant": self.scheme == "w4afp8"}
                 quant["hadamard_block_size"] = 32 if self.scheme == "tensor_wise_fp8" else self.hadamard

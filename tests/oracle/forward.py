@@ -116,7 +116,8 @@ class Oracle:
             state = decay[:, None, None] * state + k[t][:, :, None] * v[t][:, None, :]
             out = (q[t][:, :, None] * state).sum(1).reshape(-1)
             out = norm(out, self.t[p + "self_attn.norm.weight"], 1e-6)
-            rows.append(self.w(p + "self_attn.out_proj.weight") @ (out * sigmoid(self.w(p + "self_attn.output_gate.weight") @ h[t])))
+            gate = sigmoid(self.w(p + "self_attn.output_gate.weight") @ h[t])
+            rows.append(self.w(p + "self_attn.out_proj.weight") @ (out * gate))
         return torch.stack(rows)
 
     def turn(self, head: Tensor, position: int) -> Tensor:

@@ -36,7 +36,7 @@ class Mutation:
         source = textwrap.dedent(inspect.getsource(original))
         assert source.count(self.old) == 1, f"the line to change is not in {self.where} (once)"
         names = dict(vars(self.module))
-        exec(compile("from __future__ import annotations\n" + source.replace(self.old, self.new), "mutant", "exec"), names)  # noqa: S102
+        exec(compile("from __future__ import annotations\n" + source.replace(self.old, self.new), "mutant", "exec"), names)
         for module in (attention, batch, layer, lightning, loader, model_module, moe, norm, rope):
             if getattr(module, self.where, None) is original:
                 monkeypatch.setattr(module, self.where, names[self.where])
@@ -62,7 +62,8 @@ MISTAKES = {
     "heads of kv in turn": M(attention, "attend", "k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)",
                              "k, v = k.repeat(1, shared, 1, 1), v.repeat(1, shared, 1, 1)"),
     "rope over the whole head": M(rope, "frequencies", "exponent =", "rotary_dim = 16; exponent ="),
-    "rope interleaved": M(rope, "rotate_heads", "x[..., :half], x[..., half : 2 * half]", "x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]"),
+    "rope interleaved": M(rope, "rotate_heads",
+                          "x[..., :half], x[..., half : 2 * half]", "x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]"),
     "rope by head_dim": M(rope, "frequencies", "/ rotary_dim", "/ (2 * rotary_dim)"),
     "bf16 gate": M(moe, "FeedForward", "F.linear(tokens.to(router.dtype), router)",
                    "F.linear(tokens.bfloat16(), router.bfloat16()).to(router.dtype)"),
@@ -70,9 +71,12 @@ MISTAKES = {
     "gate and up exchanged": M(moe, "gated", "gate, up = up_gate", "up, gate = up_gate"),
     "coefficient the other way": M(moe, "FeedForward", "y * (1 - mixed) + beside * mixed", "y * mixed + beside * (1 - mixed)"),
     "residual before the norm": M(layer, "DecoderLayer", "self._add(h if self.postnorm else x, attend", "self._add(x, attend"),
-    "mlp residual before the norm": M(layer, "DecoderLayer", "self._add(h if self.postnorm else x, self.feed", "self._add(x, self.feed"),
-    "hidden norm eps": M(norm, "rms_norm", "F.rms_norm(x, weight.shape, weight, eps)", "F.rms_norm(x, weight.shape, weight, 0.1 * eps)"),
-    "positions count padding": M(batch, "make_batch", "positions = (real.cumsum(1) - 1)", "positions = torch.arange(columns)[None].expand(size, -1)"),
+    "mlp residual before the norm": M(layer, "DecoderLayer",
+                                      "self._add(h if self.postnorm else x, self.feed", "self._add(x, self.feed"),
+    "hidden norm eps": M(norm, "rms_norm", "F.rms_norm(x, weight.shape, weight, eps)",
+                         "F.rms_norm(x, weight.shape, weight, 0.1 * eps)"),
+    "positions count padding": M(batch, "make_batch", "positions = (real.cumsum(1) - 1)",
+                                 "positions = torch.arange(columns)[None].expand(size, -1)"),
     "padding attended": M(batch, "make_batch", "_allowed(size, columns, past, all_real, ids.device)",
                           "_allowed(size, columns, past, None, ids.device)"),
 }  # fmt: skip
@@ -81,7 +85,9 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(folder, ids and mask [2, 16] of which 12 are real, expected logits of the real ones)."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("m"), heads=6, kv_heads=2, layers="lsls", shared=32, intermediate=96, head_dim=16)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("m"), heads=6, kv_heads=2, layers="lsls", shared=32, intermediate=96, head_dim=16
+    )  # fmt: skip
     ids = random_ids(128, 2, 16, seed=5)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[0, :4], mask[1, [2, 6, 7, 15]] = False, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def split_call(model: Model, ids: Tensor, cuts: list[int], mask: Tensor | None =
     cache, edges = model.cache(), [0, *cuts, ids.shape[1]]
     pieces = [
         model(ids[:, a:b], cache=cache, mask=None if mask is None else mask[:, a:b], **kwargs)  # type: ignore[arg-type]
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
     return torch.cat(pieces, dim=1)
 

@@ -134,7 +134,9 @@ def test_kept_slopes(source: Path, tmp_path: Path) -> None:
     assert error(load(source)(IDS)[0], expected) > 1e-3
 
 
-@pytest.mark.parametrize("slopes", [[], {"1": ["0x1p-1"] * 8}, {"0": ["0x1p-1"] * 7}, {"0": ["x"] * 8}, {"0": ["-0x1p-1"] * 8}, {"0": 3}])
+@pytest.mark.parametrize(
+    "slopes", [[], {"1": ["0x1p-1"] * 8}, {"0": ["0x1p-1"] * 7}, {"0": ["x"] * 8}, {"0": ["-0x1p-1"] * 8}, {"0": 3}]
+)
 def test_bad_slopes(source: Path, tmp_path: Path, slopes: Any) -> None:
     artifact = write_artifact(source, tmp_path, mxconv={"slopes": slopes or [1]})
     with pytest.raises(MalformedInput, match="slopes"):

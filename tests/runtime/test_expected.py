@@ -35,7 +35,9 @@ def test_prefill(shared: Path, name: str, tp: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[519], [256, 257, 512], [1, 2, 3, 300, *range(505, 520)], list(range(500, 520))])
-@pytest.mark.parametrize(("name", "tp", "dtype"), [("demo", 1, torch.float64), ("demo", 8, torch.float32), ("tiny-a", 1, torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "tp", "dtype"), [("demo", 1, torch.float64), ("demo", 8, torch.float32), ("tiny-a", 1, torch.float32)]
+)
 def test_decode_after_prefill(shared: Path, name: str, tp: int, dtype: torch.dtype, cuts: list[int]) -> None:
     _, _, long, long_logits = expected(shared, name)
     model = load(shared / "models" / name, tp=tp, dtype=dtype)

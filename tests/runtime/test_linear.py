@@ -14,6 +14,10 @@ from mxconv.runtime.linear import QuantizedLinear, quantize_activation
 from tests.oracle.serving import e4m3_round, e4m3_values, matrix
 from tests.runtime.helpers import error
 
+VARIANTS = (
+    *SCHEMES.values(), get_scheme("w4afp8", group_size=256, hadamard_block=512), get_scheme("w4afp8_static", group_size="channel")
+)  # fmt: skip
+
 
 def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
     """float32 with an outlier, a zero row and rows of very different size."""
@@ -28,7 +32,8 @@ def test_e4m3_of_the_oracle_is_torchs() -> None:
     """The oracle's rounding, worked out from the format, against torch's cast: every code, every midpoint, random values."""
     values = e4m3_values()
     finite = values[values.isfinite()]
-    assert torch.equal(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().nan_to_num(1e9), values.nan_to_num(1e9))
+    torchs = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    assert torch.equal(torchs.nan_to_num(1e9), values.nan_to_num(1e9))
     ordered = finite.unique()
     middles = (ordered[1:] + ordered[:-1]) / 2
     for x in (finite, middles, torch.randn(10000, dtype=torch.float64) * 100, torch.tensor([448.0, 1e9, -1e9, 2.0**-10, 2.0**-11])):
@@ -93,8 +98,7 @@ def random_coded(scheme: Scheme, out: int, inner: int) -> Coded:
 
 
 @pytest.mark.parametrize("projection", ["up_gate", "down"])
-@pytest.mark.parametrize("scheme", [*SCHEMES.values(), get_scheme("w4afp8", group_size=256, hadamard_block=512),
-                                    get_scheme("w4afp8_static", group_size="channel")], ids=lambda s: f"{s.name}-{s.group_size}")  # fmt: skip
+@pytest.mark.parametrize("scheme", VARIANTS, ids=lambda s: f"{s.name}-{s.group_size}")
 def test_projection_without_activation_quantization(scheme: Scheme, projection: str) -> None:
     """Element by element: which scale belongs to which code, and where the rotation goes."""
     out, inner = 256, 512

@@ -74,13 +74,16 @@ def test_decay_buffers_of_the_formula_are_accepted(tmp_path: Path) -> None:
     for number, (decay, heads) in enumerate([("formula", 4), ("formula", 12), ("transformers", 4), ("transformers", 8)]):
         for dtype in (torch.bfloat16, torch.float32):
             folder = make_checkpoint(
-                tmp_path / f"{number}{dtype}", dialect="minimax", decay=decay, heads=heads, kv_heads=heads, dtype=dtype, layers="lls"
+                tmp_path / f"{number}{dtype}", layers="lls", dialect="minimax", decay=decay, heads=heads, kv_heads=heads,
+                dtype=dtype,
             )  # fmt: skip
             assert error(logits(folder), Oracle(folder).logits(IDS[0])) <= FLOAT64_BAR
 
 
 def test_decay_buffers_of_other_slopes(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, dialect="minimax", decay="transformers", heads=12, kv_heads=4, layers="sll", dtype=torch.float32)
+    folder = make_checkpoint(
+        tmp_path, dialect="minimax", decay="transformers", heads=12, kv_heads=4, layers="sll", dtype=torch.float32
+    )
     with pytest.raises(MalformedInput, match=r"layer 1: .*decay buffers differ") as caught:
         load(folder)
     assert caught.value.exit_code == 3 and "keep" in str(caught.value)
@@ -149,7 +152,7 @@ def retype(name: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "kind", "match"),
     [
-        (drop("model.layers.1.block_sparse_moe.experts.2.w3.weight"), IncompleteInput, r"layers\.1\..*experts\.2\.w3\.weight is missing"),
+        (drop("model.layers.1.block_sparse_moe.experts.2.w3.weight"), IncompleteInput, r"layers\.1\..*\.2\.w3\.weight is missing"),
         (drop("lm_head.weight"), IncompleteInput, "lm_head.weight is missing"),
         (reshape("model.layers.0.self_attn.out_proj.weight"), MalformedInput, "out_proj.weight has another shape"),
         (retype("model.norm.weight"), MalformedInput, "another dtype"),

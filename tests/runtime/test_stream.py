@@ -23,7 +23,7 @@ from tests.runtime.helpers import QUANTIZABLE, error
 from tests.synthetic import make_checkpoint, random_ids
 
 # One expert is 6.3 M weights: 25 MB in float32, 13 MB in the file; 16 of them are 403 MB in float32.
-WIDE = {"layers": "ls", "hidden": 512, "intermediate": 4096, "heads": 4, "head_dim": 64, "experts": 8, "vocab": 256, "rotary_dim": 32}
+WIDE = {"layers": "ls", "hidden": 512, "intermediate": 4096, "heads": 4, "head_dim": 64, "experts": 8, "vocab": 256}
 EXPERT_BYTES = 3 * 512 * 4096 * 4
 
 
