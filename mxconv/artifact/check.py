@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from mxconv.artifact.manifest import FileFact, Manifest, find_artifact
-from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME, RUN_LOG_NAME
+from mxconv.artifact.names import MANIFEST_NAME, RUN_LOG_NAME
+from mxconv.artifact.output import leftovers
 from mxconv.artifact.tree import walk
 from mxconv.checkpoint.boxes import ShortRead, fill
 from mxconv.checkpoint.files import OPEN_FLAGS, check_inside, read_file
@@ -79,14 +80,14 @@ def check_artifact(root: Path, manifest: Manifest, *, workers: int | None = None
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         found = list(pool.map(lambda fact: _check_file(root, fact, progress), facts))
     progress.finish()
-    strays = set(walk(root)) - manifest.files.keys() - {MANIFEST_NAME, RUN_LOG_NAME, JOURNAL_NAME}
+    left = leftovers(root, manifest.plan_digest)
+    strays = set(walk(root)) - manifest.files.keys() - {MANIFEST_NAME, RUN_LOG_NAME, *left}
     problems = [problem for group in found for problem in group]
     problems += [IntegrityError("file is not in the manifest", where=root / path) for path in sorted(strays)]
-    leftover = (root / JOURNAL_NAME).exists()
     return CheckReport(
         root=root, kind="artifact", files=len(facts), tensors=sum(len(fact.tensors) for fact in facts), size_bytes=total,
         sha256=manifest.sha256, problems=tuple(problems),
-        notes=(f"{JOURNAL_NAME} is left of a run that was killed at its very end; --resume removes it",) if leftover else (),
+        notes=tuple(f"{path} is left of a run that was killed at its very end; --resume removes it" for path in left),
     )  # fmt: skip
 
 

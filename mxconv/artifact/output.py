@@ -22,8 +22,9 @@ from typing import Literal, Self
 from mxconv.artifact.failpoints import reach
 from mxconv.artifact.journal import busy, journal_plan
 from mxconv.artifact.manifest import Manifest, read_manifest
-from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME, RUN_LOG_NAME, beside_path
+from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME, PART_SUFFIX, PLAN_CHARS, RUN_LOG_NAME, beside_path
 from mxconv.artifact.system import exchange, sync_directory, try_lock, writing
+from mxconv.artifact.tree import walk
 from mxconv.errors import MxconvError, OutputConflict
 from mxconv.progress import SILENT, Progress
 
@@ -116,6 +117,13 @@ def _rename_twice(new: Path, root: Path) -> None:
     os.rename(root, aside)
     os.rename(new, root)
     os.rename(aside, new)
+
+
+def leftovers(folder: Path, plan_digest: str) -> list[str]:
+    """What a run that was killed after its manifest may leave in a finished artifact: parts of its plan, and last its journal."""
+    suffix = f".{plan_digest[:PLAN_CHARS]}{PART_SUFFIX}"
+    found = [path for path in walk(folder) if path.endswith(suffix)]
+    return found + ([JOURNAL_NAME] if os.path.lexists(folder / JOURNAL_NAME) else [])
 
 
 def _free_name(root: Path) -> Path:
@@ -237,7 +245,8 @@ def _prepare_beside(output: Output, resume: bool, progress: Progress) -> None:
 
 
 def _finish(output: Output, manifest: Manifest) -> None:
-    """The artifact is complete; a run that was killed right after its manifest may have left its journal."""
+    """The artifact is complete; a run that was killed right after its manifest left a part and its journal."""
     with writing(output.work):
-        (output.work / JOURNAL_NAME).unlink(missing_ok=True)
+        for path in leftovers(output.work, output.plan_digest):
+            (output.work / path).unlink(missing_ok=True)
     output.finished = manifest
