@@ -61,6 +61,11 @@ def count(number: int) -> str:
     return f"{number:,}" if abs(number) < 1_000_000 else _scaled(number, 1000, COUNT_UNITS)
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 file`, `1,464 files`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """`0.4 s`, `42 s`, `3 min 05 s`, `2 h 07 min`; `?` when not finite."""
     if not math.isfinite(seconds):

@@ -14,7 +14,7 @@ from typing import Any
 from mxconv.artifact import Manifest, find_artifact
 from mxconv.config import ModelConfig, read_config
 from mxconv.console import Console
-from mxconv.draw import Column, count, size
+from mxconv.draw import Column, count, plural, size
 from mxconv.errors import EXIT_OK, MxconvError, UsageError
 from mxconv.mapping.tables import TABLES
 from mxconv.plan import Plan, Request, build_plan
@@ -161,8 +161,8 @@ def advice(source: Source) -> list[str]:
     config, notes = source.config, []
     if config.dialect == "minimax" and not config.rotary_dim_stated:
         notes.append(
-            f"config has no rotary_dim: rotary embeddings turn the whole head of {config.head_dim}. MiniMax-M1 turns half of it: if "
-            "this is a copy of M1, its config lost rotary_dim, and every engine computes another model (KL .02)"
+            f"config has no rotary_dim: rotary embeddings turn the whole head of {config.head_dim}. MiniMax-M1 turns half of it: "
+            "if this is a copy of M1, its config lost rotary_dim, and every engine computes another model (KL .02)"
         )
     if config.dialect == "minimax" and config.rotary_dim < config.head_dim and not config.rope_permuted:
         notes.append(
@@ -172,8 +172,9 @@ def advice(source: Source) -> list[str]:
     power = config.num_attention_heads & (config.num_attention_heads - 1) == 0
     if config.dialect == "minimax" and not power and "decay" not in " ".join(source.dropped.values()):
         notes.append("heads are no power of two: stock transformers computes other decay slopes than the original model")
-    if not config.eos_token_ids and not (source.root / "generation_config.json").exists():
-        notes.append("no end-of-sequence token in config.json or generation_config.json: servers will not know when to stop")
+    stop_files = ("generation_config.json", "tokenizer_config.json")
+    if not config.eos_token_ids and not any((source.root / name).exists() for name in stop_files):
+        notes.append("no file beside the weights names an end-of-sequence token: servers will not know when to stop")
     return notes
 
 
@@ -194,12 +195,13 @@ def _render_summary(source: Source, facts: Mapping[str, Any], console: Console) 
     )
     missing = "" if source.present else " · only the index is here"
     console.line(
-        f"{facts['files']:,} files · {facts['tensors']:,} tensors · {size(facts['bytes'])} · dialect {facts['dialect']}{missing}"
+        f"{plural(facts['files'], 'file')} · {plural(facts['tensors'], 'tensor')} · {size(facts['bytes'])} · "
+        f"dialect {facts['dialect']}{missing}"
     )
 
 
 def _render_groups(view: Inspection, console: Console) -> None:
-    right = [Column(""), *(Column("", "right") for _ in range(3)), Column(""), Column("", "right")]
+    columns = [Column(""), Column("", "right"), Column("", "right"), Column(""), Column("", "right"), Column(""), Column("", "right")]
     groups = view.plan.groups if view.plan else group_sizes(view.source, ())
     rows = []
     for group in groups:
@@ -213,12 +215,12 @@ def _render_groups(view: Inspection, console: Console) -> None:
                 f"  {group.group}",
                 f"{group.tensors:,}",
                 count(group.parameters),
-                f"{dtypes} {size(group.source_bytes)}",
+                dtypes, size(group.source_bytes),
                 becomes,
                 after,
             )
         )
-    console.table(None, right, rows)
+    console.table(None, columns, rows)
 
 
 def scheme_words(scheme: Scheme) -> str:
@@ -239,8 +241,8 @@ def _render_plan(view: Inspection, console: Console) -> None:
         else f"quantize {view.scheme.name} ({view.scheme.bits_per_weight:.2f} bits an expert weight)"
     )
     console.line(
-        f"{what} to {facts['layout']}, tp {facts['tp']}: {facts['tensors']:,} tensors in {facts['files']} files, {each} a rank, "
-        f"{size(facts['output_bytes'])} in all"
+        f"{what} to {facts['layout']}, tp {facts['tp']}: {plural(facts['tensors'], 'tensor')} in {plural(facts['files'], 'file')}, "
+        f"{each} a rank, {size(facts['output_bytes'])} in all"
     )
     disk = f"disk {size(facts['disk_bytes'])}" + ("" if view.free_bytes is None else f" (free: {size(view.free_bytes)})")
     console.line(

@@ -156,6 +156,8 @@ def _numerics(source: Source, request: Request, target: Target, ignored: tuple[i
 
 def _notes(source: Source, request: Request, ignored: tuple[int, ...]) -> list[str]:
     notes = []
+    if target_layout(source, request)[0] == "fastdeploy":
+        notes.append("no released engine loads this layout for MiniMax-M1 as it is: docs/layouts.md says what each consumer does")
     if source.tied_head_stored:
         notes.append("lm_head.weight is stored beside tied embeddings: it must equal the embedding, and is not stored twice")
     buffers = sum(reason.startswith("a decay buffer") for reason in source.dropped.values())
