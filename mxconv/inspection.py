@@ -201,7 +201,8 @@ def _render_summary(source: Source, facts: Mapping[str, Any], console: Console) 
 
 
 def _render_groups(view: Inspection, console: Console) -> None:
-    columns = [Column(""), Column("", "right"), Column("", "right"), Column(""), Column("", "right"), Column(""), Column("", "right")]
+    sides = ("left", "right", "right", "left", "right", "left", "right")
+    columns = [Column("", "right" if side == "right" else "left") for side in sides]
     groups = view.plan.groups if view.plan else group_sizes(view.source, ())
     rows = []
     for group in groups:
