@@ -5,7 +5,7 @@ vocabulary would. With m a running maximum of the reference's logits z, and w th
 
     S = Σ e^(z−m)      A = Σ e^(z−m)·(z − w)      KL = A/S − (lse(z) − lse(w))
 
-where A and S are rescaled whenever m grows. Exponentials are float32, all sums float64.
+where A and S are rescaled whenever m grows. Exponentials are float32; sums over blocks are float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Side:
 
 
 class Softmax:
-    """Running log-sum-exp, top 5 and true token's logit of [tokens] positions."""
+    """Running log-sum-exp, sum of squares, top 5 and true token's logit of [tokens] positions."""
 
     def __init__(self, targets: Tensor) -> None:
         tokens, device = len(targets), targets.device
@@ -40,6 +40,7 @@ class Softmax:
         self.largest = torch.full((tokens,), -torch.inf, device=device)
         self.sum = torch.zeros(tokens, dtype=torch.float64, device=device)
         self.true = torch.full((tokens,), torch.nan, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(tokens, dtype=torch.float64, device=device)
         self.top = torch.full((tokens, TOP), -torch.inf, device=device)
         self.top_ids = torch.full((tokens, TOP), -1, dtype=torch.int64, device=device)
 
@@ -50,6 +51,7 @@ class Softmax:
         weights = torch.exp(z - largest[:, None])
         self.sum = self.sum * shrink + weights.sum(1, dtype=torch.float64)
         self.largest = largest
+        self.squares += z.square().sum(1)
         here = (self.targets >= start) & (self.targets < start + z.shape[1])
         self.true[here] = z[here].gather(1, (self.targets[here] - start)[:, None])[:, 0].to(torch.float64)
         values, ids = z.topk(min(TOP, z.shape[1]), dim=1)
@@ -68,14 +70,14 @@ class Pair:
     """Running sums of a reference against another model."""
 
     def __init__(self, tokens: int, device: torch.device) -> None:
-        self.cross, self.error, self.reference = (torch.zeros(tokens, dtype=torch.float64, device=device) for _ in range(3))
+        self.cross, self.error = (torch.zeros(tokens, dtype=torch.float64, device=device) for _ in range(2))
 
     def add(self, weights: Tensor, shrink: Tensor, z: Tensor, w: Tensor) -> None:
         """Take logits of both; `weights` and `shrink` are the reference's."""
         gap = z - w
+        # KL is a small difference of large sums: the products are added in float64, the squares need not be.
         self.cross = self.cross * shrink + (weights * gap).sum(1, dtype=torch.float64)
-        self.error += gap.square().sum(1, dtype=torch.float64)
-        self.reference += z.square().sum(1, dtype=torch.float64)
+        self.error += gap.square_().sum(1)
 
     def scores(self, p: Softmax, q: Softmax, windows: int) -> TokenScores:
         """Everything as [windows, tokens] on the CPU."""
@@ -83,7 +85,7 @@ class Pair:
         shared = (p.top_ids[:, :, None] == q.top_ids[:, None, :]).any(2)
         columns = (
             kl, p.true - p.lse, q.true - q.lse, (p.top_ids[:, 0] == q.top_ids[:, 0]).double(), shared.double().mean(1),
-            self.error, self.reference,
+            self.error, p.squares,
         )  # fmt: skip
         names = ("kl", "reference_logp", "other_logp", "top1", "top5", "error_squares", "reference_squares")
         return TokenScores(**{name: x.view(windows, -1).cpu() for name, x in zip(names, columns, strict=True)})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from mxconv.errors import UsageError, raise_all
+from mxconv.quantize.schemes import SCHEMES
 
 EXACT = "none"
 """Key of an unquantized artifact (`convert`) in limits that depend on the scheme."""
@@ -28,6 +29,11 @@ class Limit:
     def of(self, scheme: str | None) -> float:
         """The value for `scheme`."""
         return self.value[scheme or EXACT] if isinstance(self.value, Mapping) else self.value
+
+
+def _by_scheme(*, exact: float, int4: float, fp8: float) -> Mapping[str, float]:
+    codes = {"int4": int4, "e4m3": fp8}
+    return MappingProxyType({EXACT: exact, **{name: codes[scheme.weight] for name, scheme in SCHEMES.items()}})
 
 
 LIMITS: Mapping[str, Limit] = MappingProxyType(
@@ -64,22 +70,28 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             ),
             Limit(
                 name="parallel_l2", value=2e-6,
-                reason="logits of TP n against TP 1 with activations unquantized: summation order alone, 2–3e-7",
+                reason="relative L2 of the logits of TP n against TP 1 with activations unquantized: summation order alone, 2–3e-7; in a "
+                "model that amplifies rounding more, 2^-14 of the L2 that bfloat16 makes of the source (float32 is 2^-16 as coarse)",
             ),
             Limit(
                 name="parallel_kl_share", value=0.25,
                 reason="KL between TP n and TP 1 with activations quantized, as a share of the scheme's own KL: other summation orders "
-                "flip roundings, and w4afp8 scales each rank's slice on its own (.11–.15 on trained models)",
+                "flip roundings, and w4afp8 scales each rank's slice on its own (.07–.15)",
             ),
             Limit(
-                name="kl_mean",
-                value=MappingProxyType(
-                    {
-                        EXACT: 1e-6, "w4afp8": 0.15, "w4afp8_static": 0.15, "w4a8": 0.15,
-                        "block_wise_fp8": 0.02, "tensor_wise_fp8": 0.02,
-                    }
-                ),
-                reason="mean KL of the source's next-token distribution against the artifact's as served",
+                name="kl_mean", value=_by_scheme(exact=1e-6, int4=0.1, fp8=0.01),
+                reason="mean KL of the source's next-token distribution against the artifact's as served: three times what the most "
+                "sensitive trained model reaches (int4 .034, fp8 .0036)",
+            ),
+            Limit(
+                name="kl_floor_factor", value=_by_scheme(exact=0.0, int4=100.0, fp8=30.0),
+                reason="or this many times the KL that bfloat16 alone makes of the source, where that is more: untrained models amplify "
+                "every rounding, and their right artifacts reach 5–38 times (int4) and 2–12 times (fp8) of it",
+            ),
+            Limit(
+                name="floor", value=0.01,
+                reason="KL of bfloat16 against float32 of the source above which logits tell nothing about an artifact (trained models: "
+                "3–7e-4): the KL between TP sizes is then reported and not held to its limit",
             ),
         )
     }
@@ -104,6 +116,22 @@ class Limits:
 
     def __getitem__(self, name: str) -> float:
         return self.overrides[name] if name in self.overrides else LIMITS[name].of(self.scheme)
+
+    def kl(self, floor: float | None) -> float:
+        """The limit of the mean KL, given the KL of bfloat16 against float32 of the source.
+
+        Who asks for another `kl_mean` gets that, whatever the floor is, unless `kl_floor_factor` is asked for as well.
+        """
+        strict = "kl_mean" in self.overrides and "kl_floor_factor" not in self.overrides
+        if strict or floor is None or not floor < float("inf"):
+            return self["kl_mean"]
+        return max(self["kl_mean"], self["kl_floor_factor"] * floor)
+
+    def parallel_l2(self, floor_l2: float | None) -> float:
+        """The limit of TP n against TP 1, given the relative L2 of bfloat16 against float32 of the source."""
+        if "parallel_l2" in self.overrides or floor_l2 is None or not floor_l2 < float("inf"):
+            return self["parallel_l2"]
+        return max(self["parallel_l2"], floor_l2 * 2.0**-14)
 
     def document(self) -> dict[str, float]:
         """Name → value."""

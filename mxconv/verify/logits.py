@@ -60,11 +60,13 @@ def artifact_lanes(weights: Weights, merged: Weights | None, device: torch.devic
 
 
 def pairs_of(lanes: list[Lane], *, with_source: bool) -> list[tuple[str, str]]:
-    """Which lanes are compared."""
+    """Which lanes are compared: all at the artifact's TP with the source, and TP 1 with TP n."""
     names = [lane.name for lane in lanes]
-    pairs = [(SOURCE, name) for name in (*names, FLOOR)] if with_source else []
-    twins = ((MERGED_SERVED, SERVED), (MERGED_WEIGHTS_ONLY, WEIGHTS_ONLY))
-    return pairs + [twin for twin in twins if twin[0] in names]
+    twins = [twin for twin in ((MERGED_SERVED, SERVED), (MERGED_WEIGHTS_ONLY, WEIGHTS_ONLY)) if twin[0] in names]
+    if not with_source:
+        return twins
+    exact = (MERGED_WEIGHTS_ONLY,) if MERGED_WEIGHTS_ONLY in names and SERVED not in names else ()
+    return [(SOURCE, name) for name in (SERVED, WEIGHTS_ONLY, *exact, FLOOR) if name in (*names, FLOOR)] + twins
 
 
 def run_logits(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from mxconv.errors import UsageError, raise_all
+from mxconv.errors import MxconvError, UsageError, raise_all
+from mxconv.verify.findings import SECTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +34,17 @@ class Options:
     seed: int = 0
     hash_files: bool = False
     """Hash every file against the manifest too, which `mxconv check` does alone."""
+    sections: tuple[str, ...] = SECTIONS
+    """What to look at; structure always is. `parallel` compares logits only when `logits` is asked for too."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[MxconvError] = []
+        for name in ("source", "text", "tokens", "reference"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
+        for name in self.sections:
+            if name not in SECTIONS:
+                problems.append(UsageError(f"verify has no section {name!r}", expected=" or ".join(SECTIONS)))
         if self.windows < 1:
             problems.append(UsageError("at least one window is needed", got=self.windows))
         if self.window < 2:

@@ -33,6 +33,7 @@ from mxconv.verify.verdict import judge_logits, judge_parallel
 from mxconv.verify.weights_pass import Outcome, WeightsPass
 
 T = TypeVar("T")
+_NO_SOURCE = "there is no source to compare with (--source)"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,22 +197,37 @@ class _Run:
     # Weights and logits.
 
     def _judge(self, weights: Weights, looked: serving.Served, limits: Limits) -> list[Section]:
-        outcome = self._timed("numerics", lambda: self._weights(weights, limits))
+        asked = self.options.sections
+        outcome = Outcome()
+        if {"numerics", "parallel"} & set(asked):
+            outcome = self._timed("numerics", lambda: self._weights(weights, limits))
         factor = self._timed("numerics", lambda: self._activations(weights, outcome, limits))
-        prompts = choose_prompts(self.subject.root, weights.config.vocab_size, self.options)
-        logits, broken = self._timed("logits", lambda: self._logits(weights, prompts))
-        if self.source is None:
-            numerics = skipped("numerics", "no source to hold the weights against (--source)")
-            words = skipped("logits", "no source to compare with (--source)")
-        else:
-            numerics = numerics_section(outcome, limits, factor)
-            words = judge_logits(logits, prompts, limits) if logits is not None else _broken("logits", broken)
+        prompts, logits, broken = None, None, []
+        if "logits" in asked:
+            prompts = choose_prompts(self.subject.root, weights.config.vocab_size, self.options)
+            logits, broken = self._timed("logits", lambda: self._logits(weights, prompts))
+        judged = [
+            self._structure(looked, outcome, prompts),
+            skipped("numerics", _NO_SOURCE) if self.source is None else numerics_section(outcome, limits, factor),
+            self._parallel(weights, logits, outcome, limits),
+            self._logits_section(logits, broken, prompts, limits),
+        ]
+        return [section if section.name in ("structure", *asked) else skipped(section.name, "not asked for") for section in judged]
+
+    def _parallel(self, weights: Weights, logits: LogitsOutcome | None, outcome: Outcome, limits: Limits) -> Section:
         if weights.tp == 1:
-            parallel = skipped("parallel", "one rank")
-        else:
-            why = "" if logits is not None else "the passes could not be run"
-            parallel = judge_parallel(logits, outcome.parallel, weights.tp, limits, why)
-        return [self._structure(looked, outcome, prompts), numerics, parallel, words]
+            return skipped("parallel", "one rank")
+        why = "not asked for" if "logits" not in self.options.sections else "the passes could not be run"
+        return judge_parallel(logits, outcome.parallel, weights.tp, limits, why)
+
+    def _logits_section(self, logits: LogitsOutcome | None, broken: list[Finding], prompts: Prompts | None, limits: Limits) -> Section:
+        if self.source is None:
+            return skipped("logits", _NO_SOURCE)
+        if logits is None or prompts is None:
+            return Section(
+                name="logits", status="FAIL", summary="the passes could not be run", findings=tuple(broken), checks=("passes",)
+            )
+        return judge_logits(logits, prompts, limits)
 
     def _weights(self, weights: Weights, limits: Limits) -> Outcome:
         self.progress.start("verify: weights", 0)
@@ -260,10 +276,6 @@ class _Run:
         finally:
             self.progress.finish()
         return outcome, []
-
-
-def _broken(name: str, findings: list[Finding]) -> Section:
-    return Section(name=name, status="FAIL", summary="the passes could not be run", findings=tuple(findings), checks=("passes",))
 
 
 def _tensors(manifest: Manifest) -> int:
