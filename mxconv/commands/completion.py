@@ -11,7 +11,6 @@ from mxconv.completion import SHELLS, completion_script
 @click.argument("shell", type=click.Choice(SHELLS))
 def command(shell: str) -> int:
     """Print the completion script for SHELL."""
-    from mxconv.cli import cli
-
-    click.echo(completion_script(cli, shell))
+    group = click.get_current_context().find_root().command
+    click.echo(completion_script(group, shell))
     return 0

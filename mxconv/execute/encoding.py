@@ -66,7 +66,7 @@ def _tensor_scale(encoder: ProjectionEncoder, sources: list[Parameter], reader: 
     for param in sources:
         for _, rows in _row_blocks(param, encoder, reader, findings):
             if not findings.bad:
-                absmax = max(absmax, encoder.observe(rows))
+                absmax = max(absmax, encoder.observe(rows, absmax))
     findings.raise_bad()
     return tensor_scale(absmax)
 
