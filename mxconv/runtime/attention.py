@@ -103,7 +103,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, *, causal: b
         # One query a head: the heads of a KV head stand in a row, and no key is copied.
         rows = attend(q.view(q.shape[0], k.shape[1], shared, -1), k, v, allowed, causal=False)
         return rows.reshape(q.shape)
-    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    if shared > 1:
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)
 
 

@@ -43,7 +43,7 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
         got = f"{ids.dtype} {list(ids.shape)}"
         raise UsageError("token ids must be a tensor [B, T] that is not empty", expected="int64", got=got)
-    low, high = int(ids.min()), int(ids.max())
+    low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise UsageError("token id outside the vocabulary", expected=f"0 … {vocabulary - 1}", got=low if low < 0 else high)
 

@@ -27,6 +27,9 @@ CHUNK_TOKENS = 4096
 
 Pair = tuple[Projection, Projection]
 
+Route = tuple[int, Tensor | None, Tensor | float]
+"""(expert, indices of its tokens, their weights [n, 1]); for a single token no indices and one weight."""
+
 
 def gated(pair: Pair, x: Tensor, activations: Activations, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
     """down(silu(gate x) · (up x)) of x [tokens, H]: one rank's part of the sum."""
@@ -90,11 +93,13 @@ class FeedForward:
         out[mask] = y
         return out
 
-    def _route(self, tokens: Tensor, router: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """(expert, indices of its tokens, their weights [n, 1]) of every expert that has tokens, in order."""
+    def _route(self, tokens: Tensor, router: Tensor) -> list[Route]:
+        """The routes of every expert that has tokens, in order."""
         shares = torch.softmax(F.linear(tokens.to(router.dtype), router), dim=-1)
         top, chosen = torch.topk(shares, self.per_token, dim=-1)
         top = top / top.sum(-1, keepdim=True)
+        if len(tokens) == 1:
+            return [(expert, None, weight) for expert, weight in sorted(zip(chosen[0].tolist(), top[0].tolist(), strict=True))]
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(router)).tolist()
         owners = order // self.per_token
@@ -103,27 +108,30 @@ class FeedForward:
         return [(expert, rows, weight) for expert, (count, rows, weight) in enumerate(parts) if count]
 
     def _partial(
-        self, rank: int, tokens: Tensor, routes: list[tuple[int, Tensor, Tensor]] | None, mixed: Tensor | None,
-        activations: Activations, observer: Observer | None,
+        self, rank: int, tokens: Tensor, routes: list[Route] | None, mixed: Tensor | None, activations: Activations,
+        observer: Observer | None,
     ) -> Tensor:  # fmt: skip
         """One rank's part of the output, [tokens, H] in the statistics dtype."""
         if routes is None:
             y = gated(self.experts.pair("mlp", rank), tokens, activations).to(statistics_dtype(tokens.dtype))
         else:
             y = tokens.new_zeros(tokens.shape, dtype=statistics_dtype(tokens.dtype))
-            for expert, rows, weight in routes:
-                self._add_expert(y, expert, rank, tokens, rows, weight, activations, observer)
+            for route in routes:
+                self._add_expert(y, route, rank, tokens, activations, observer)
         if mixed is not None:
             beside = gated(self.experts.pair("shared", rank), tokens, activations)
             y = y * (1 - mixed) + beside * mixed
         return y
 
     def _add_expert(
-        self, y: Tensor, expert: int, rank: int, tokens: Tensor, rows: Tensor, weight: Tensor,
-        activations: Activations, observer: Observer | None,
-    ) -> None:  # fmt: skip
+        self, y: Tensor, route: Route, rank: int, tokens: Tensor, activations: Activations, observer: Observer | None
+    ) -> None:
+        expert, rows, weight = route
         pair = self.experts.pair(f"experts.{expert}", rank)
         observe = None if observer is None else lambda name, x: observer(expert, name, x)
+        if rows is None:
+            y.add_(gated(pair, tokens, activations, observe) * weight)
+            return
         for start, part in zip(range(0, len(rows), CHUNK_TOKENS), rows.split(CHUNK_TOKENS), strict=True):
             out = gated(pair, tokens.index_select(0, part), activations, observe)
             y.index_add_(0, part, out * weight[start : start + CHUNK_TOKENS])
