@@ -130,7 +130,7 @@ class FeedForward:
         pair = self.experts.pair(f"experts.{expert}", rank)
         observe = None if observer is None else lambda name, x: observer(expert, name, x)
         if rows is None:
-            y.add_(gated(pair, tokens, activations, observe) * weight)
+            y.add_(gated(pair, tokens, activations, observe), alpha=weight)
             return
         for start, part in zip(range(0, len(rows), CHUNK_TOKENS), rows.split(CHUNK_TOKENS), strict=True):
             out = gated(pair, tokens.index_select(0, part), activations, observe)

@@ -145,8 +145,8 @@ def _check_tied(weights: StoredWeights, root: Path) -> None:
 def _stored_rates(
     config: ModelConfig, shards: Shards, recorded: Mapping[int, Sequence[float]], keep: bool
 ) -> Mapping[int, Sequence[float]]:
-    """`recorded` rates; with `keep` those of the stored buffers of every layer, as soon as one layer's differ."""
-    differs, kept = False, dict(recorded)
+    """`recorded` rates, and with `keep` those of the layers whose stored buffers differ; see decay.py for what is raised."""
+    kept = dict(recorded)
     with ByteReader(shards) as reader:
         for layer, names in _buffers(config, shards).items():
             buffers = {name: _read(reader, tensor) for name, tensor in names.items()}
@@ -156,10 +156,8 @@ def _stored_rates(
             except MalformedInput:
                 if not keep:
                     raise
-                differs = True
-            if keep:
                 kept[layer] = decay.own_rates(buffers, layer=layer, block=config.block_size)
-    return kept if differs else recorded
+    return kept
 
 
 def _buffers(config: ModelConfig, shards: Shards) -> dict[int, dict[str, StoredTensor]]:

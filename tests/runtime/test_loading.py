@@ -87,7 +87,8 @@ def test_decay_buffers_of_other_slopes(tmp_path: Path) -> None:
     with pytest.raises(MalformedInput, match=r"layer 1: .*decay buffers differ") as caught:
         load(folder)
     assert caught.value.exit_code == 3 and "keep" in str(caught.value)
-    own = {layer: decay_rates(12, layer, 3, "transformers") for layer in (1, 2)}
+    # The last layer's rates are so small that both formulas agree within the tolerance: it keeps the original's.
+    own = {1: decay_rates(12, 1, 3, "transformers")}
     assert error(logits(folder, keep_decay=True), Oracle(folder).logits(IDS[0], rates=own)) <= 1e-6  # slopes stored in float32
 
 
