@@ -19,7 +19,7 @@ from mxconv.runtime.norm import scale_by_rms, statistics_dtype
 from mxconv.runtime.parallel import Group
 from mxconv.runtime.rope import rotate_heads
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 4096
 """Sequences are taken a few at a time, so that projections and scores of many long ones need not be held at once."""
 
 

@@ -76,6 +76,10 @@ def test_ranks_equal_one(source: Path, seen: dict, tmp_path: Path, name: str) ->
             assert torch.equal(one.weights.dense(layer, weight, 0), merged.weights.dense(layer, weight, 0)), weight
             if a is not None:
                 assert b is not None and torch.equal(a.codes, b.codes) and torch.equal(a.weight_scale, b.weight_scale)
+    for rank in range(tp):
+        held = load_file(artifact / f"rank{rank}" / "model-00001-of-00001.safetensors")
+        expected = several.weights.expected_tensors(rank)
+        assert {weight: tuple(tensor.shape) for weight, tensor in held.items()} == {w: e.shape for w, e in expected.items()}
     for weight in ("embed", "lm_head", "final_norm"):
         assert torch.equal(one.weights.dense(None, weight, 0)[:200], merged.weights.dense(None, weight, 0)[:200])
 
