@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 
-from mxconv.errors import MxconvError, UsageError
+from mxconv.errors import UsageError
 
 VARIABLE = "MXCONV_FAILPOINT"
 
@@ -56,6 +56,7 @@ class _Armed:
             self.set(name, int(count) if count.isdecimal() else 1, _kill)
 
     def set(self, name: str, count: int, action: Callable[[], None]) -> None:
+        """Arm the `count`-th arrival at `name`; an empty name disarms."""
         self.name, self.left, self.action = name, count, action
 
 
@@ -78,8 +79,8 @@ def reach(name: str) -> None:
     """This step is done; die here when it is armed."""
     if not _armed.name:
         return
-    if name not in NAMES or _armed.name not in NAMES:
-        raise MxconvError(f"unknown failpoint {name!r} or {_armed.name!r}", hint=f"{VARIABLE} takes one of {' '.join(NAMES)}")
+    if _armed.name not in NAMES:
+        raise UsageError(f"{VARIABLE} names no failpoint", expected=" ".join(NAMES), got=_armed.name)
     if name != _armed.name:
         return
     with _armed.lock:

@@ -62,6 +62,7 @@ class _Wrong(Exception):
         super().__init__(what)
 
     def at(self, where: str, tensor: str | None = None) -> MalformedInput:
+        """The error that a user sees, with file and tensor named."""
         subject = "" if tensor in (None, "__metadata__") else f"tensor {printable(repr(tensor), 160)}: "
         return MalformedInput(subject + self.what, where=where, expected=self.expected, got=self.got)
 
@@ -93,11 +94,13 @@ class _Scanner:
         return self.text[self.position : self.position + 1]
 
     def take(self, char: str) -> None:
+        """Pass over blanks and `char`, which must come next."""
         if self.peek() != char:
             raise _Wrong("header is not valid JSON", expected=f"{char} at character {self.position}", got=repr(self.peek()))
         self.position += 1
 
     def value(self) -> Any:
+        """The JSON value at the cursor."""
         try:
             result, self.position = _DECODER.raw_decode(self.text, self.position)
         except (ValueError, RecursionError) as error:
@@ -105,6 +108,7 @@ class _Scanner:
         return result
 
     def string(self) -> str:
+        """The string that comes next; it must be text that UTF-8 can hold."""
         if self.peek() != '"':
             raise _Wrong(
                 "header is not as the format says", expected=f"a string at character {self.position}", got=repr(self.peek())
@@ -133,6 +137,7 @@ class _Scanner:
             self.take(",")
 
     def flat_object(self) -> list[tuple[str, Any]]:
+        """The pairs of the object at the cursor, which holds no object and is no longer than a tensor's entry can be."""
         found = _FLAT_OBJECT.match(self.text, self.position)
         if found is None:
             got = self.text[self.position : self.position + 24]

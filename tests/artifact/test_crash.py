@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,10 +214,28 @@ def test_a_source_that_changed_between_two_runs_is_refused(tmp_path: Path, clean
     assert tree_digest(root) == clean
 
 
-def test_an_unknown_failpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_failpoint_is_named() -> None:
     with pytest.raises(MxconvError, match="no-such-step"):
         failpoints.arm("no-such-step")
     failpoints.reach("journal-created")  # nothing is armed
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [("part-linked", -9), ("part-linked:2", -9), ("part-linked:3", 0), ("nonsense", 2), ("", 0)]
+)
+def test_the_environment_arms_a_failpoint(value: str, code: int) -> None:
+    script = """
+import sys
+from mxconv.artifact.failpoints import reach
+from mxconv.errors import MxconvError
+try:
+    reach("part-linked")
+    reach("part-linked")
+except MxconvError as error:
+    sys.exit(error.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "MXCONV_FAILPOINT": value}, timeout=60, check=False)
+    assert done.returncode == code
 
 
 def test_a_part_that_goes_on_parses_no_more(tmp_path: Path) -> None:
