@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
-
-import torch
 
 from mxconv.console import Console
 from mxconv.data import demo_model
@@ -21,6 +20,7 @@ from mxconv.runtime import generate, load
 from mxconv.settings import Settings
 from mxconv.text import Tokenizer
 from mxconv.verify import Options, Report, verify
+from mxconv.verify.logits import SERVED
 
 SCHEME, TP = "w4afp8", 2
 PROMPT = "def add(self, value):\n"
@@ -52,6 +52,7 @@ def run_demo(console: Console, output: Path | None, settings: Settings) -> int:
         console.line(f"$ mxconv verify {out} --source {source}")
         report = verify(out, Options(source=source), console)
         report.render(console)
+        _draw_layers(report, console)
         console.line()
         texts = _generate(source, out, console)
         seconds = time.monotonic() - began
@@ -63,6 +64,13 @@ def run_demo(console: Console, output: Path | None, settings: Settings) -> int:
     return EXIT_OK
 
 
+def _draw_layers(report: Report, console: Console) -> None:
+    """Each layer's hidden-state error as a bar."""
+    errors = report.section("logits").figures["layers"][SERVED]
+    console.line()
+    console.chart("relative error of the hidden states after each layer", [f"  layer {i}" for i in range(len(errors))], errors)
+
+
 def _generate(source: Path, artifact: Path, console: Console) -> dict[str, str]:
     """Greedy text of both sides, one under the other, and how far they agree."""
     tokenizer = Tokenizer.open(source)
@@ -71,15 +79,13 @@ def _generate(source: Path, artifact: Path, console: Console) -> dict[str, str]:
     prompt = tokenizer.encode(PROMPT)
     ids: dict[str, list[int]] = {}
     for label, folder in (("bf16", source), (SCHEME, artifact)):
-        model = load(folder, dtype=torch.float32)
-        ids[label] = list(generate(model, prompt, max_tokens=TOKENS, eos_ids=tokenizer.eos_ids or None))
         console.line(f"$ mxconv generate {folder} --prompt {PROMPT!r} --max-tokens {TOKENS}")
-        for line in (PROMPT + tokenizer.decode(ids[label])).splitlines():
-            console.line(f"  {label:>6} | {line}")
+        ids[label] = list(generate(load(folder), prompt, max_tokens=TOKENS, eos_ids=tokenizer.eos_ids or None))
+    sides = [(PROMPT + tokenizer.decode(made)).splitlines() for made in ids.values()]
+    rows = [[f"  │ {line}" for line in row] for row in zip_longest(*sides, fillvalue="")]
+    console.table(None, [f"  │ {label}" for label in ids], rows)
     one, two = ids.values()
     same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     console.line(f"the first {same} of {len(one)} tokens are the same")
     return {label: tokenizer.decode(made) for label, made in ids.items()}
 
-
-__all__ = ["Report", "run_demo"]
