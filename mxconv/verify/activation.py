@@ -19,6 +19,7 @@ from mxconv.progress import Progress
 from mxconv.quantize.schemes import Scheme
 from mxconv.runtime import Model, Weights
 from mxconv.runtime.coded import PROJECTION, rotate
+from mxconv.runtime.moe import Observer
 from mxconv.verify.findings import Finding, from_error
 from mxconv.verify.limits import Limits
 
@@ -54,7 +55,7 @@ class Gathering:
         self.rotation = scheme.rotation
         self.values: dict[Key, float] = {}
 
-    def observer(self, layer: int):  # noqa: ANN201 - runtime.moe.Observer
+    def observer(self, layer: int) -> Observer:
         """What `layer` calls with the input of each expert GEMM."""
         names = {projection: name for name, projection in PROJECTION.items()}
 
@@ -105,7 +106,7 @@ def judge_scales(
                         check=CHECK, what=f"off by a factor of {factor:.3g} on the recorded tokens", rank=rank,
                         tensor=artifact.stored(layer, name, rank)[-1], expected=f"{expected:.6g} to a factor of {limit:g}",
                         got=f"{scale:.6g}",
-                    )  # fmt: skip
+                    )
                 )
     return findings, worst
 

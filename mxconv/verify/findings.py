@@ -39,7 +39,8 @@ class Finding:
 
     def render(self) -> str:
         """One line."""
-        facts = [f"{word} {printable(value)}" for word, value in (("expected", self.expected), ("got", self.got)) if value is not None]
+        stated = (("expected", self.expected), ("got", self.got))
+        facts = [f"{word} {printable(value)}" for word, value in stated if value is not None]
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head} ({', '.join(facts)})" if facts else head
 
@@ -75,9 +76,9 @@ class Section:
     def document(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "status": self.status, "summary": self.summary, "limit": self.limit, "lines": list(self.lines),
-            "warnings": list(self.warnings), "checks": list(self.checks), "findings": [finding.document() for finding in self.findings],
-            "figures": dict(self.figures), "seconds": round(self.seconds, 3),
+            "status": self.status, "summary": self.summary, "limit": self.limit, "seconds": round(self.seconds, 3),
+            "lines": list(self.lines), "warnings": list(self.warnings), "checks": list(self.checks),
+            "findings": [finding.document() for finding in self.findings], "figures": dict(self.figures),
         }  # fmt: skip
 
 

@@ -42,56 +42,60 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         for limit in (
             Limit(
                 name="rounding", value=1.0,
-                reason="largest distance of a weight from its source, in units of half a step of its code: rounding to nearest never "
-                "exceeds 1, whatever the weights are",
+                reason="largest distance of a weight from its source, in units of half a step of its code: rounding to nearest "
+                "never exceeds 1, whatever the weights are",
             ),
             Limit(
                 name="scale", value=1e-5,
-                reason="relative difference of a weight_scale from the absmax of its source: a float32 rotation and division away",
+                reason="relative difference of a weight_scale from the absmax of its source: a float32 rotation and division "
+                "away",
             ),
             Limit(
                 name="noise", value=1.5,
-                reason="rms error of a tensor in units of its rms half step, for methods that do not round to nearest: those reach .58 "
-                "(int4) and .42 (e4m3), a method that moves errors between weights up to twice that; an exchanged tensor 5 and more",
+                reason="rms error of a tensor in units of its rms half step, for methods that do not round to nearest: those "
+                "reach .58 (int4) and .42 (e4m3), a method that moves errors between weights up to twice that; an exchanged "
+                "tensor 5 and more",
             ),
             Limit(
                 name="noise_local", value=3.0,
-                reason="the same for every row, column and block of 128 × 128: fewer weights to average over; a doubled block reaches 5",
+                reason="the same for every row, column and block of 128 × 128: fewer weights to average over; a doubled block "
+                "reaches 5",
             ),
             Limit(
                 name="activation_factor", value=1.25,
-                reason="activation_scale against an absmax gathered again on the same tokens: nearly invisible in logits, so it is "
-                "compared itself; another device or summation order moves an absmax by far less",
+                reason="activation_scale against an absmax gathered again on the same tokens: nearly invisible in logits, so it "
+                "is compared itself; another device or summation order moves an absmax by far less",
             ),
             Limit(
                 name="exact_l2", value=2e-6,
-                reason="relative L2 of float32 logits of unquantized weights: right forwards agree to 2–4e-7, the smallest mistakes in "
-                "the model's constants give 3e-7 to 1.5e-5",
+                reason="relative L2 of float32 logits of unquantized weights: right forwards agree to 2–4e-7, the smallest "
+                "mistakes in the model's constants give 3e-7 to 1.5e-5",
             ),
             Limit(
                 name="parallel_l2", value=2e-6,
-                reason="relative L2 of the logits of TP n against TP 1 with activations unquantized: summation order alone, 2–3e-7; in a "
-                "model that amplifies rounding more, 2^-14 of the L2 that bfloat16 makes of the source (float32 is 2^-16 as coarse)",
+                reason="relative L2 of the logits of TP n against TP 1 with activations unquantized: summation order alone, "
+                "2–3e-7; in a model that amplifies rounding more, 2^-14 of the L2 that bfloat16 makes of the source (float32 is "
+                "2^-16 as coarse)",
             ),
             Limit(
                 name="parallel_kl_share", value=0.25,
-                reason="KL between TP n and TP 1 with activations quantized, as a share of the scheme's own KL: other summation orders "
-                "flip roundings, and w4afp8 scales each rank's slice on its own (.07–.15)",
+                reason="KL between TP n and TP 1 with activations quantized, as a share of the scheme's own KL: other summation "
+                "orders flip roundings, and w4afp8 scales each rank's slice on its own (.07–.15)",
             ),
             Limit(
                 name="kl_mean", value=_by_scheme(exact=1e-6, int4=0.1, fp8=0.01),
-                reason="mean KL of the source's next-token distribution against the artifact's as served: three times what the most "
-                "sensitive trained model reaches (int4 .034, fp8 .0036)",
+                reason="mean KL of the source's next-token distribution against the artifact's as served: three times what the "
+                "most sensitive trained model reaches (int4 .034, fp8 .0036)",
             ),
             Limit(
                 name="kl_floor_factor", value=_by_scheme(exact=0.0, int4=100.0, fp8=30.0),
-                reason="or this many times the KL that bfloat16 alone makes of the source, where that is more: untrained models amplify "
-                "every rounding, and their right artifacts reach 5–38 times (int4) and 2–12 times (fp8) of it",
+                reason="or this many times the KL that bfloat16 alone makes of the source, where that is more: untrained models "
+                "amplify every rounding, and their right artifacts reach 5–38 times (int4) and 2–12 times (fp8) of it",
             ),
             Limit(
                 name="floor", value=0.01,
-                reason="KL of bfloat16 against float32 of the source above which logits tell nothing about an artifact (trained models: "
-                "3–7e-4): the KL between TP sizes is then reported and not held to its limit",
+                reason="KL of bfloat16 against float32 of the source above which logits tell nothing about an artifact (trained "
+                "models: 3–7e-4): the KL between TP sizes is then reported and not held to its limit",
             ),
         )
     }

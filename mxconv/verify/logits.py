@@ -79,7 +79,8 @@ def run_logits(
     if source is not None:
         models[SOURCE] = Model(source.weights, device=device, dtype=torch.float32, stream=True)
         models[FLOOR] = Model(source.weights, device=device, dtype=torch.bfloat16, stream=True)
-    live = [Lane(name=name, model=models[name], activations="none") for name in (SOURCE, FLOOR) if source is not None and kept is None]
+    wanted = (SOURCE, FLOOR) if source is not None and kept is None else ()
+    live = [Lane(name=name, model=models[name], activations="none") for name in wanted]
     traces = run([*live, *lanes], ids, progress)
     if kept is not None:
         traces |= {SOURCE: kept.source, FLOOR: kept.floor}

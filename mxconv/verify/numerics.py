@@ -11,7 +11,7 @@ The source is loaded by the runtime's own statement of names, orders and cuts; n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +102,7 @@ class Judge:
         """`source` float32 [out, in] of that rank; `largest` its absmax tiles, of all ranks where they share a scale."""
         coded = coded.to(self.device)
         block = self.scheme.rotation[PROJECTION[name]]
-        sums = Sums(*source.shape, self.device)
+        sums = Sums(len(source), source.shape[1], self.device)
         for start, stop in row_chunks(*source.shape):
             u = self._u(source[start:stop], block)
             decoded = rotated_weight(bounds.coded_rows(coded, self.scheme, start, stop), self.scheme)
@@ -160,21 +160,23 @@ class Judge:
     def _noise(self, sums: Sums, name: str, tensor: str, rank: int) -> list[Finding]:
         """The first of tensor, blocks, rows, columns whose rms error is beyond its limit."""
         out = sums.rows.shape[1]
-        views = (
+        views: tuple[tuple[str, Tensor, Callable[[Tensor], str]], ...] = (
             ("noise", sums.rows.sum(1)[:, None], lambda hit: ""),
             ("noise_local", sums.tiles, lambda hit: tile_words(hit, out, name)),
-            ("noise_local", sums.rows, lambda hit: row_words(int(hit.nonzero()[0]), int(hit.nonzero()[0]) + 1, out, name)),
-            ("noise_local", sums.columns, lambda hit: f"input {int(hit.nonzero()[0])}"),
+            ("noise_local", sums.rows, lambda hit: row_words(_first(hit), _first(hit) + 1, out, name)),
+            ("noise_local", sums.columns, lambda hit: f"input {_first(hit)}"),
         )
         for limit, (error, half), words in views:
             ratio = torch.where(error == 0, 0.0, (error / half).sqrt())
             hit = ~(ratio <= self.limits[limit])
             if bool(hit.any()):
+                what = f"rms error in {int(hit.sum())} of {hit.numel()} places"
+                expected = f"at most {self.limits[limit]:g} rms half steps"
                 return [
                     Finding(
-                        check="weight noise", what=f"rms error in {int(hit.sum())} of {hit.numel()} places", tensor=tensor, rank=rank,
-                        place=words(hit), expected=f"at most {self.limits[limit]:g} rms half steps", got=f"{float(ratio.max()):.3g}",
-                    )  # fmt: skip
+                        check="weight noise", what=what, tensor=tensor, rank=rank, place=words(hit), expected=expected,
+                        got=f"{float(ratio.max()):.3g}",
+                    )
                 ]
         return []
 
@@ -184,6 +186,10 @@ def row_chunks(out_features: int, in_features: int) -> Iterator[tuple[int, int]]
     step = max(1, CHUNK_ELEMENTS // in_features // FP8_BLOCK) * FP8_BLOCK
     for start in range(0, out_features, step):
         yield start, min(start + step, out_features)
+
+
+def _first(hit: Tensor) -> int:
+    return int(hit.nonzero()[0, 0])
 
 
 def row_words(start: int, stop: int, out_features: int, name: str) -> str:
@@ -229,12 +235,13 @@ def equal_finding(
     if torch.equal(a, b):
         return None
     differ = a != b
-    lines = differ.reshape(len(differ), -1).any(1).nonzero().flatten().tolist()
-    words = f"row {lines[0]}" if len(lines) == 1 else f"{len(lines)} of {len(differ)} rows, the first {lines[0]}, the last {lines[-1]}"
+    rows = differ.reshape(len(differ), -1).any(1).nonzero().flatten().tolist()
+    words = f"{len(rows)} of {len(differ)} rows, the first {rows[0]}, the last {rows[-1]}" if len(rows) > 1 else f"row {rows[0]}"
     distance = (artifact.to(torch.float64) - source.to(torch.float64)).abs().max()
     return Finding(
         check="unquantized weights", what=f"{int(differ.sum())} of {differ.numel()} elements are not the source's", tensor=tensor,
-        rank=rank, place=f"{place}: {words}" if place else words, expected="the same bits", got=f"differences up to {float(distance):.3g}",
+        rank=rank, place=f"{place}: {words}" if place else words, expected="the same bits",
+        got=f"differences up to {float(distance):.3g}",
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ CHECKS = (
 def numerics_section(outcome: Outcome, limits: Limits, factor: float | None) -> Section:
     """`factor`: the largest between a stored activation scale and the absmax gathered again; None without any."""
     figures: dict[str, object] = {"weights": outcome.weights, "activation_factor": factor}
-    lines = [f"{outcome.weights:,} weights in every rank, of which {len({(m.layer, m.name) for m in outcome.measured}):,} quantized"]
+    quantized = {(measured.layer, measured.name) for measured in outcome.measured}
+    lines = [f"{outcome.weights:,} weights in every rank, of which {len(quantized):,} quantized"]
     summary, limit = "every weight equal to its source, bit for bit", "exact"
     if outcome.numerics:
         summary = f"{len(outcome.numerics):,} findings in {outcome.weights:,} weights"
@@ -26,11 +27,13 @@ def numerics_section(outcome: Outcome, limits: Limits, factor: float | None) -> 
         worst = max(outcome.measured, key=lambda m: m.deviation.rel_rms / max(m.deviation.bound, 1e-300))
         summary = f"worst rel-rms {worst.deviation.rel_rms:.3f}  {words(worst)}"
         limit = f"{worst.deviation.bound * limits['rounding']:.3f}"
-        figures |= {"worst": _document(worst), "projections": _by_projection(outcome.measured), "layers": _by_layer(outcome.measured)}
-        lines += [_line(name, values) for name, values in _by_projection(outcome.measured).items()]
+        projections = _by_projection(outcome.measured)
+        figures |= {"worst": _document(worst), "projections": projections, "layers": _by_layer(outcome.measured)}
+        lines += [_line(name, values) for name, values in projections.items()]
         lines.append(f"largest distance of a weight: {max(m.deviation.peak for m in outcome.measured):.4f} half steps")
     if factor is not None:
-        lines.append(f"activation scales within a factor of {factor:.3f} of the absmax gathered again (limit {limits['activation_factor']:g})")
+        bar = limits["activation_factor"]
+        lines.append(f"activation scales within a factor of {factor:.3f} of the absmax gathered again (limit {bar:g})")
     return Section(
         name="numerics", status=status_of(outcome.numerics), summary=summary, limit=limit, lines=tuple(lines),
         findings=tuple(outcome.numerics), checks=CHECKS, figures=figures,
@@ -46,8 +49,8 @@ def words(measured: Measured) -> str:
 def _document(measured: Measured) -> dict[str, object]:
     deviation = measured.deviation
     return {
-        "layer": measured.layer, "name": measured.name, "rank": measured.rank, "rel_rms": deviation.rel_rms, "bound": deviation.bound,
-        "peak": deviation.peak,
+        "layer": measured.layer, "name": measured.name, "rank": measured.rank, "rel_rms": deviation.rel_rms,
+        "bound": deviation.bound, "peak": deviation.peak,
     }  # fmt: skip
 
 
@@ -75,4 +78,5 @@ def _by_layer(measured: Sequence[Measured]) -> dict[str, float]:
 
 
 def _line(name: str, values: dict[str, float]) -> str:
-    return f"{name}: rel-rms {values['mean']:.4f} on average, {values['max']:.4f} at most, {values['share_of_bound']:.2f} of the bound"
+    share = f"{values['share_of_bound']:.2f} of the bound"
+    return f"{name}: rel-rms {values['mean']:.4f} on average, {values['max']:.4f} at most, {share}"

@@ -55,8 +55,9 @@ def differing_scales(weights: Weights, layer: int, name: str, coded: Sequence[Co
             continue
         if _covers_ranks(weights.scheme, name) and not _same(mine.weight_scale, first.weight_scale):
             yield Finding(
-                check="shared scales", what="weight_scale covers all ranks and differs from that of rank 0", tensor=tensor[1], rank=rank
-            )
+                check="shared scales", what="weight_scale covers all ranks and differs from that of rank 0", tensor=tensor[1],
+                rank=rank,
+            )  # fmt: skip
         if mine.activation_scale is not None and first.activation_scale is not None:
             ours, theirs = float(mine.activation_scale), float(first.activation_scale)
             if ours != theirs:

@@ -6,7 +6,7 @@ A safetensors file with
     probes        F32  [layers, probes, H]  after every layer, at the sampled tokens of streams.py
     floor_hidden  BF16 [windows, T, H]      the same pass in bfloat16: the noise floor
     floor_probes  F32  [layers, probes, H]
-    facts         U8   [n]                  JSON: version, metrics version, digests of source headers and prompts, SHA-256 of the others
+    facts         U8   [n]                  JSON: versions, digests of source headers, prompts and tensors
 
 A file that was made from another source, other prompts or by another version of the metrics is refused with UsageError (exit 2):
 the request names a file that does not answer it. One whose bytes are not what its own facts say is refused with IntegrityError
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -57,9 +57,9 @@ class Reference:
         }  # fmt: skip
 
 
-def source_digest(config: ModelConfig, shards: Shards) -> str:
-    """SHA-256 (hex) of a source's config and of every shard's header: names, dtypes, shapes, offsets."""
-    headers = sorted((file.relative, file.header_sha256, file.size_bytes) for file in shards.files)
+def source_digest(config: ModelConfig, ranks: Sequence[Shards]) -> str:
+    """SHA-256 (hex) of a source's config and of every file's header: names, dtypes, shapes, offsets."""
+    headers = [sorted((file.relative, file.header_sha256, file.size_bytes) for file in shards.files) for shards in ranks]
     text = json.dumps([dict(config.raw), headers], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -78,7 +78,8 @@ def write_reference(path: Path, reference: Reference, facts: Mapping[str, Any]) 
     stated = {**facts, "tensors": {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()}}
     blobs[FACTS] = memoryview(json.dumps(stated, sort_keys=True, indent=1).encode())
     specs = [
-        TensorSpec(name=name, dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape)) for name, tensor in reference.tensors().items()
+        TensorSpec(name=name, dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape))
+        for name, tensor in reference.tensors().items()
     ]
     placed = place_file(path.name, [*specs, TensorSpec(name=FACTS, dtype="U8", shape=(len(blobs[FACTS]),))])
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -94,7 +95,7 @@ def write_reference(path: Path, reference: Reference, facts: Mapping[str, Any]) 
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _write(part: Path, placed: PlacedFile, blobs: Mapping[str, memoryview]) -> None:
@@ -174,6 +175,6 @@ def _load(
     if stored is None or stored.dtype not in ("F32", "BF16"):
         raise MalformedInput(f"the reference has no usable tensor {name}", where=path)
     data = reader.read(stored)
-    if hashlib.sha256(data).hexdigest() != digest:
+    if hashlib.sha256(data.data).hexdigest() != digest:
         raise IntegrityError(f"the reference was changed: tensor {name} is not what was written", where=path, hint="remove it")
     return torch.from_numpy(data).view(getattr(torch, TORCH_NAMES[stored.dtype])).view(stored.shape).to(device)

@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 
 from mxconv.artifact import Manifest, require_artifact
-from mxconv.checkpoint import read_shards
 from mxconv.config import ModelConfig, read_config
 from mxconv.errors import IntegrityError, MalformedInput, MxconvError, ResourceError, UsageError
 from mxconv.progress import SILENT, Progress
@@ -177,8 +176,20 @@ class _Run:
         if subject.weights is not None and subject.weights.tp > 1:
             subject.merged = self._attempt(served, "tensors", lambda: opened(True))
         if options.source is not None and subject.weights is not None:
-            self.source = open_weights(options.source, tp=subject.weights.tp, keep_decay=options.keep_decay)
-            self.opened.append(self.source)
+            self.source = self._source(options.source, subject.weights.tp)
+
+    def _source(self, path: Path, tp: int | None) -> Weights:
+        """The source cut into `tp` simulated ranks, or whole (None)."""
+        block = read_config(path).artifact or {}
+        own = block.get("tp", 1) if block.get("layout") == "fastdeploy" else None
+        if own is not None and tp is not None and tp != own:
+            raise UsageError(
+                f"the source is an artifact of {own} ranks and cannot be cut into {tp}", where=path,
+                hint="verify against the checkpoint that both were made from",
+            )  # fmt: skip
+        weights = open_weights(path, tp=tp, merge=tp is None, keep_decay=self.options.keep_decay)
+        self.opened.append(weights)
+        return weights
 
     def _structure(self, looked: serving.Served, outcome: Outcome | None, prompts: Prompts | None) -> Section:
         findings, warnings = list(looked.findings), list(looked.warnings)
@@ -189,8 +200,8 @@ class _Run:
             findings += wrong
         manifest = self.subject.manifest
         return Section(
-            name="structure", status=status_of(findings), lines=tuple(looked.lines), warnings=tuple(warnings), findings=tuple(findings),
-            summary=_inventory(manifest), checks=structure.CHECKS,
+            name="structure", status=status_of(findings), summary=_inventory(manifest), lines=tuple(looked.lines),
+            warnings=tuple(warnings), findings=tuple(findings), checks=structure.CHECKS,
             figures={"files": len(manifest.files), "tensors": _tensors(manifest)},
         )  # fmt: skip
 
@@ -202,7 +213,9 @@ class _Run:
         if {"numerics", "parallel"} & set(asked):
             outcome = self._timed("numerics", lambda: self._weights(weights, limits))
         factor = self._timed("numerics", lambda: self._activations(weights, outcome, limits))
-        prompts, logits, broken = None, None, []
+        prompts: Prompts | None = None
+        logits: LogitsOutcome | None = None
+        broken: list[Finding] = []
         if "logits" in asked:
             prompts = choose_prompts(self.subject.root, weights.config.vocab_size, self.options)
             logits, broken = self._timed("logits", lambda: self._logits(weights, prompts))
@@ -220,7 +233,9 @@ class _Run:
         why = "not asked for" if "logits" not in self.options.sections else "the passes could not be run"
         return judge_parallel(logits, outcome.parallel, weights.tp, limits, why)
 
-    def _logits_section(self, logits: LogitsOutcome | None, broken: list[Finding], prompts: Prompts | None, limits: Limits) -> Section:
+    def _logits_section(
+        self, logits: LogitsOutcome | None, broken: list[Finding], prompts: Prompts | None, limits: Limits
+    ) -> Section:
         if self.source is None:
             return skipped("logits", _NO_SOURCE)
         if logits is None or prompts is None:
@@ -247,17 +262,11 @@ class _Run:
     def _activations(self, weights: Weights, outcome: Outcome, limits: Limits) -> float | None:
         if self.options.source is None or not outcome.activation_scales:
             return None
-        whole = self._whole_source(self.options.source)
-        findings, factor = check_scales(
-            self.subject.root, weights, whole, outcome.activation_scales, limits, self.device, self.progress
-        )
+        whole = self._source(self.options.source, None)
+        scales = outcome.activation_scales
+        findings, factor = check_scales(self.subject.root, weights, whole, scales, limits, self.device, self.progress)
         outcome.numerics += findings
         return factor
-
-    def _whole_source(self, path: Path) -> Weights:
-        whole = open_weights(path, keep_decay=self.options.keep_decay)
-        self.opened.append(whole)
-        return whole
 
     def _logits(self, weights: Weights, prompts: Prompts) -> tuple[LogitsOutcome | None, list[Finding]]:
         """The passes; what the artifact's tensors keep from being run becomes findings."""
@@ -266,8 +275,8 @@ class _Run:
         self.progress.start("verify: logits", 0)
         side = None
         if self.options.source is not None:
-            whole = self._whole_source(self.options.source)
-            side = SourceSide(weights=whole, digest=source_digest(whole.config, read_shards(self.options.source)))
+            whole = self._source(self.options.source, None)
+            side = SourceSide(weights=whole, digest=source_digest(whole.config, structure.rank_shards(self.options.source)))
         try:
             lanes = artifact_lanes(weights, self.subject.merged, self.device)
             outcome = run_logits(lanes, side, prompts, self.options, self.device, self.progress)

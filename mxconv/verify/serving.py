@@ -1,4 +1,4 @@
-"""What a user meets when an artifact is served: can a generation end, does the chat template render, do all token ids have a row."""
+"""What a user meets when an artifact is served: can a generation end, does the chat template render, has every id a row."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def look_at_text(artifact: Path, source: Path | None, config: ModelConfig) -> Se
             Finding(
                 check=CHECK, what="the tokenizer has ids that the embedding has no row for", file="tokenizer.json",
                 expected=f"at most {config.vocab_size} ids", got=f"{tokenizer.vocab_size}",
-            )  # fmt: skip
+            )
         )
     _end_of_sequence(served, tokenizer.eos_ids, tokenizer.eos_from or "", config)
     _chat(served, tokenizer)
@@ -70,7 +70,8 @@ def _end_of_sequence(served: Served, ids: Sequence[int], where: str, config: Mod
     beyond = [i for i in ids if i >= config.vocab_size]
     if beyond:
         what = "the end-of-sequence token lies outside the vocabulary"
-        served.findings.append(Finding(check=CHECK, what=what, file=where, expected=f"below {config.vocab_size}", got=str(beyond)))
+        expected = f"below {config.vocab_size}"
+        served.findings.append(Finding(check=CHECK, what=what, file=where, expected=expected, got=str(beyond)))
     else:
         served.lines.append(f"end of sequence {', '.join(map(str, ids))} ({where})")
 
@@ -115,7 +116,6 @@ def zero_row_words(zero: Mapping[str, Sequence[int]], used: Sequence[int]) -> tu
         warnings.append(f"{name}: all-zero rows of tokens {listed}")
         hit = sorted(set(ids) & set(used)) if name == "embed" else []
         if hit:
-            findings.append(
-                Finding(check="embedding rows", what="a token that the text uses has an all-zero embedding", place=f"tokens {hit[:MAX_LISTED]}")
-            )
+            what = "a token that the text uses has an all-zero embedding"
+            findings.append(Finding(check="embedding rows", what=what, place=f"tokens {hit[:MAX_LISTED]}"))
     return warnings, findings

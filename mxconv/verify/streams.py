@@ -7,7 +7,7 @@ of tokens (`probes`), spread evenly over all windows, so that a stored reference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +50,10 @@ class Trace:
     probes: Tensor
 
 
-def run(lanes: Sequence[Lane], ids: Tensor, progress: Progress = SILENT, *, check: Callable[[], None] = lambda: None) -> dict[str, Trace]:
+def run(lanes: Sequence[Lane], ids: Tensor, progress: Progress = SILENT) -> dict[str, Trace]:
     """Advance all `lanes` over `ids` int64 [windows, T] from embedding to last layer; traces by name.
 
-    The models have the same number of layers. `check` is called between layers, so that a run can be stopped.
+    The models have the same number of layers.
     """
     models = list(dict.fromkeys(lane.model for lane in lanes))
     layers = models[0].config.num_layers if models else 0
@@ -66,7 +66,6 @@ def run(lanes: Sequence[Lane], ids: Tensor, progress: Progress = SILENT, *, chec
             hidden[lane.name] = lane.model.embed(ids)
         for number in range(layers):
             for model in models:
-                check()
                 with model.layer(number) as layer:
                     for lane in (lane for lane in lanes if lane.model is model):
                         x = layer(hidden[lane.name], batches[id(model)], activations=lane.activations)

@@ -28,14 +28,16 @@ CHECKS = (
 # Fields of ModelConfig → config.json key, per dialect; a field without an entry is a key of the same name.
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "minimax-m1": {
-        "layer_types": "attn_type_list", "full_attention_alpha": "layernorm_full_attention_alpha",
-        "full_attention_beta": "layernorm_full_attention_beta", "linear_attention_alpha": "layernorm_linear_attention_alpha",
-        "linear_attention_beta": "layernorm_linear_attention_beta", "mlp_alpha": "layernorm_mlp_alpha", "mlp_beta": "layernorm_mlp_beta",
+        "layer_types": "attn_type_list",
+        "full_attention_alpha": "layernorm_full_attention_alpha", "full_attention_beta": "layernorm_full_attention_beta",
+        "linear_attention_alpha": "layernorm_linear_attention_alpha", "linear_attention_beta": "layernorm_linear_attention_beta",
+        "mlp_alpha": "layernorm_mlp_alpha", "mlp_beta": "layernorm_mlp_beta",
     },
     "minimax": {
         "full_attention_alpha": "full_attn_alpha_factor", "full_attention_beta": "full_attn_beta_factor",
         "linear_attention_alpha": "linear_attn_alpha_factor", "linear_attention_beta": "linear_attn_beta_factor",
-        "mlp_alpha": "mlp_alpha_factor", "mlp_beta": "mlp_beta_factor", "rotary_dim": "rope_parameters", "rope_theta": "rope_parameters",
+        "mlp_alpha": "mlp_alpha_factor", "mlp_beta": "mlp_beta_factor",
+        "rotary_dim": "rope_parameters", "rope_theta": "rope_parameters",
     },
 }  # fmt: skip
 _COMMON_KEYS = {
@@ -73,13 +75,19 @@ def look_at_headers(root: Path, manifest: Manifest, ranks: list[Shards]) -> Iter
             if (root / fact.path).parent == shards.folder:
                 stated |= {name: (tensor.dtype, tensor.shape, fact.path) for name, tensor in fact.tensors.items()}
         for name in sorted(stated.keys() | shards.tensors.keys()):
-            tensor = shards.tensors.get(name)
-            found = None if tensor is None else (tensor.dtype, tensor.shape, str(Path(shards.folder.relative_to(root)) / shards.files[tensor.file].relative))
+            found = _stored(root, shards, name)
             if stated and stated.get(name) != found:
                 yield Finding(
                     check="headers", what="the manifest says otherwise", tensor=name, rank=rank, expected=_words(stated.get(name)),
                     got=_words(found),
                 )  # fmt: skip
+
+
+def _stored(root: Path, shards: Shards, name: str) -> tuple[str, tuple[int, ...], str] | None:
+    tensor = shards.tensors.get(name)
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape, str(shards.folder.relative_to(root) / shards.files[tensor.file].relative)
 
 
 def _words(fact: tuple[str, tuple[int, ...], str] | None) -> str:
@@ -104,8 +112,9 @@ def look_at_tensors(weights: Weights, ranks: list[Shards]) -> Iterator[Finding]:
             kept = [name for name in experts if not weights.stored(layer, name, rank)[0].endswith("quant_weight")]
             if bool(kept) != (layer in ignored) or len(kept) not in (0, len(experts)):
                 yield Finding(
-                    check="tensors", what=f"{len(kept)} of {len(experts)} expert projections of layer {layer} are not quantized",
-                    rank=rank, key="mxconv.ignored_layers", expected=f"all of them in layers {ignored}, none in others",
+                    check="tensors", rank=rank, key="mxconv.ignored_layers",
+                    what=f"{len(kept)} of {len(experts)} expert projections of layer {layer} are not quantized",
+                    expected=f"all of them in layers {ignored}, none in others",
                 )  # fmt: skip
 
 
@@ -117,11 +126,12 @@ def look_at_config(artifact: ModelConfig, source: ModelConfig, origin: Mapping[s
             continue
         key = _KEYS.get(artifact.dialect, {}).get(field.name) or _COMMON_KEYS.get(field.name, field.name)
         yield Finding(check="config", what="differs from the source", key=key, expected=_value(theirs), got=_value(ours))
-    if origin is not None and dict(origin) != dict(source.raw):
-        keys = sorted(key for key in origin.keys() | source.raw.keys() if origin.get(key) != source.raw.get(key))
+    # A source that is an artifact itself passes on the config of the checkpoint that it was made from.
+    if origin is not None and source.artifact is None and dict(origin) != dict(source.raw):
+        key = min(key for key in origin.keys() | source.raw.keys() if origin.get(key) != source.raw.get(key))
         yield Finding(
             check="config", what="the manifest keeps another source's config: was this artifact made from this source?",
-            file=MANIFEST_NAME, key=f"source.config.{keys[0]}", expected=repr(source.raw.get(keys[0])), got=repr(origin.get(keys[0])),
+            file=MANIFEST_NAME, key=f"source.config.{key}", expected=repr(source.raw.get(key)), got=repr(origin.get(key)),
         )  # fmt: skip
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mxconv import draw
 from mxconv.draw import Column
+from mxconv.verify import parallel
 from mxconv.verify.findings import Finding, Section, skipped, status_of
 from mxconv.verify.limits import Limits
-from mxconv.verify.logits import (
-    FLOOR, MERGED_SERVED, MERGED_WEIGHTS_ONLY, SERVED, SOURCE, WEIGHTS_ONLY, LogitsOutcome,
-)  # fmt: skip
+from mxconv.verify.logits import FLOOR, MERGED_SERVED, MERGED_WEIGHTS_ONLY, SERVED, SOURCE, WEIGHTS_ONLY, LogitsOutcome
 from mxconv.verify.metrics import Distribution, Estimate, Metrics
 from mxconv.verify.prompts import Prompts
 
@@ -68,7 +67,8 @@ def _exact(gated: Metrics, limits: Limits) -> Sequence[Finding]:
     if gated.logits_l2 <= limits["exact_l2"]:
         return ()
     what = "logits of unquantized weights are not the source's"
-    return (Finding(check="exact_l2", what=what, expected=f"relative L2 of at most {limits['exact_l2']:g}", got=f"{gated.logits_l2:.3g}"),)
+    expected = f"relative L2 of at most {limits['exact_l2']:g}"
+    return (Finding(check="exact_l2", what=what, expected=expected, got=f"{gated.logits_l2:.3g}"),)
 
 
 def first_bad_layer(errors: Sequence[float]) -> int | None:
@@ -98,15 +98,16 @@ def _lines(outcome: LogitsOutcome, prompts: Prompts) -> tuple[str, ...]:
     metrics = [found for lane in lanes if (found := outcome.against_source(lane)) is not None]
     first = metrics[0]
     lines = [
-        f"{first.windows} windows of {prompts.ids.shape[1]} tokens from {prompts.words}, {first.tokens:,} scored; float32 against the source"
-        + (" of the reference file" if outcome.from_reference else ""),
+        f"{first.windows} windows of {prompts.ids.shape[1]} tokens from {prompts.words}, {first.tokens:,} scored; "
+        + ("float32 against the source of the reference file" if outcome.from_reference else "float32 against the source"),
         *draw.table(columns, [[label, *(cell(m) for m in metrics)] for label, cell in _ROWS], indent=0),
     ]
     for lane in lanes:
         errors = outcome.layers.get(lane, [])
         if errors:
             words = "bf16 of the source" if lane == FLOOR else lane
-            lines.append(f"hidden-state error by layer, {words}: {draw.sparkline(errors)} last {errors[-1]:.3g}, max {max(errors):.3g}")
+            figures = f"last {errors[-1]:.3g}, max {max(errors):.3g}"
+            lines.append(f"hidden-state error by layer, {words}: {draw.sparkline(errors)} {figures}")
     return tuple(lines)
 
 
@@ -119,7 +120,7 @@ def _spread(values: Distribution, shares: Sequence[float], factor: float = 1.0) 
 
 
 _UPPER, _LOWER = (0.9, 0.95, 0.99, 0.999), (0.1, 0.05, 0.01, 0.001)
-_ROWS = (
+_ROWS: tuple[tuple[str, Callable[[Metrics], str]], ...] = (
     ("KL mean", lambda m: _estimate(m.kl.mean)),
     ("KL median, max", lambda m: f"{m.kl.median:.2g} · {m.kl.largest:.2g}"),
     ("KL 90 · 95 · 99 · 99.9 %", lambda m: _spread(m.kl, _UPPER)),
@@ -144,11 +145,15 @@ def _figures(outcome: LogitsOutcome, prompts: Prompts, worst: int | None) -> dic
     }  # fmt: skip
 
 
-def judge_parallel(outcome: LogitsOutcome | None, consistency: Sequence[Finding], ranks: int, limits: Limits, why: str = "") -> Section:
+def judge_parallel(
+    outcome: LogitsOutcome | None, consistency: Sequence[Finding], ranks: int, limits: Limits, why: str = ""
+) -> Section:
     """The `parallel` section: `consistency` of stored tensors, and TP n against TP 1; `why` there are no logits."""
     findings = list(consistency)
     words = f"{ranks} ranks reassemble bit for bit" if not findings else f"{ranks} ranks do not reassemble"
-    lines, figures, checks = [], {}, ["replicated tensors", "KV replicas", "shared scales", "padding"]
+    lines: list[str] = []
+    figures: dict[str, object] = {}
+    checks = list(parallel.CHECKS)
     plain = None if outcome is None else outcome.metrics.get((MERGED_WEIGHTS_ONLY, WEIGHTS_ONLY))
     limit = ""
     if plain is not None and outcome is not None:
@@ -182,7 +187,8 @@ def _summation(plain: Metrics, limit: float) -> tuple[list[Finding], str]:
     """
     beyond = [index for index, value in enumerate(plain.window_l2) if not value <= limit]
     allowed = max(1, plain.windows // 8) if plain.windows > 1 else 0
-    line = f"activations unquantized: relative L2 {plain.logits_l2:.2g}, windows {min(plain.window_l2):.2g} … {max(plain.window_l2):.2g}"
+    spread = f"windows {min(plain.window_l2):.2g} … {max(plain.window_l2):.2g}"
+    line = f"activations unquantized: relative L2 {plain.logits_l2:.2g}, {spread}"
     if len(beyond) > allowed or any(math.isnan(value) for value in plain.window_l2):
         what = f"logits of TP n and TP 1 differ in {len(beyond)} of {plain.windows} windows, activations unquantized"
         return [Finding(check="parallel_l2", what=what, expected=f"at most {limit:.2g}", got=f"{plain.logits_l2:.3g}")], line

@@ -18,6 +18,7 @@ from mxconv.runtime import Weights
 from mxconv.runtime.coded import Coded
 from mxconv.runtime.loader import VOCABULARY_WEIGHTS, split_expert
 from mxconv.verify import parallel
+from mxconv.verify.diagnosis import Diagnosis
 from mxconv.verify.findings import Finding, from_error
 from mxconv.verify.numerics import Deviation, Judge, equal_finding
 
@@ -55,6 +56,7 @@ class WeightsPass:
     def __init__(self, artifact: Weights, source: Weights | None, judge: Judge | None, progress: Progress) -> None:
         self.artifact, self.source, self.judge, self.progress = artifact, source, judge, progress
         self.outcome = Outcome()
+        self.diagnosis = None if source is None else Diagnosis(artifact, source)
 
     def run(self) -> Outcome:
         """All weights, layer by layer."""
@@ -115,7 +117,14 @@ class WeightsPass:
     def _equal(self, layer: int | None, name: str, rank: int, ours: Tensor, theirs: Tensor, place: str | None = None) -> None:
         tensor = " ".join(self.artifact.stored(layer, name, rank))
         found = equal_finding(ours, theirs, widened=name == "router", tensor=tensor, rank=rank, place=place)
-        self.outcome.numerics += [found] if found is not None else []
+        self._add(layer, name, rank, [] if found is None else [found])
+
+    def _add(self, layer: int | None, name: str, rank: int, findings: list[Finding]) -> None:
+        """Take findings about one weight of one rank; the last is told with what the weight looks like."""
+        if findings and self.diagnosis is not None:
+            last = findings[-1]
+            findings[-1] = replace(last, what=last.what + self.diagnosis.explain(layer, name, rank))
+        self.outcome.numerics += findings
 
     def _vocabulary(self, name: str, known: bool) -> None:
         """Embedding or head in blocks of rows; rows that are all zero are listed, padding must be."""
@@ -167,7 +176,7 @@ class WeightsPass:
             stored = self.artifact.stored(layer, name, rank)
             deviation, findings = judge.weight(mine, source, own, projection, stored, rank)
             self.outcome.measured.append(Measured(layer=layer, name=name, rank=rank, deviation=deviation))
-            self.outcome.numerics += findings
+            self._add(layer, name, rank, findings)
 
     def _rates(self, layer: int) -> None:
         """Decay rates of lightning layers, which a config block may keep."""
@@ -176,9 +185,10 @@ class WeightsPass:
         for rank in range(self.artifact.tp):
             ours, theirs = self.artifact.rates(layer, rank), self.source.rates(layer, rank)
             if list(ours) != list(theirs):
+                words = [f"{[round(rate, 6) for rate in rates[:3]]} …" for rates in (theirs, ours)]
                 self.outcome.numerics.append(
                     Finding(
-                        check="decay rates", what="differ from the source's", key="mxconv.slopes", rank=rank, place=f"layer {layer}",
-                        expected=f"{[round(rate, 6) for rate in theirs[:3]]} …", got=f"{[round(rate, 6) for rate in ours[:3]]} …",
-                    )  # fmt: skip
+                        check="decay rates", what="differ from the source's", key="mxconv.slopes", rank=rank,
+                        place=f"layer {layer}", expected=words[0], got=words[1],
+                    )
                 )
