@@ -1,7 +1,7 @@
 """Where every output byte goes: tensors are dealt to files, and files get headers, before a weight is read.
 
-Tensors in the order given fill files of up to `MAX_FILE_BYTES`. Inside a file the order is dtype size descending, then
-name, without holes: what safetensors' own writer produces and its reader demands. The header is JSON padded with
+Tensors in the order given fill files of up to `MAX_FILE_BYTES`. Inside a file the order is dtype (widest first),
+then name, without holes: byte for byte the header that safetensors' own writer produces. The header is JSON padded with
 spaces to a multiple of 8, with the one metadata key that transformers asks for.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mxconv.tensors import DTYPE_BYTES, TensorSpec
+from mxconv.tensors import DTYPE_ORDER, TensorSpec
 
 MAX_FILE_BYTES = 4 << 30
 METADATA = {"format": "pt"}
@@ -37,7 +37,7 @@ class PlacedFile:
 
 def place_file(path: str, tensors: Iterable[TensorSpec]) -> PlacedFile:
     """The file that holds `tensors`, header and offsets computed."""
-    ordered = tuple(sorted(tensors, key=lambda t: (-DTYPE_BYTES[t.dtype], t.name)))
+    ordered = tuple(sorted(tensors, key=lambda t: (-DTYPE_ORDER[t.dtype], t.name)))
     entries: dict[str, object] = {"__metadata__": METADATA}
     position, relative = 0, {}
     for tensor in ordered:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 Box = tuple[tuple[int, int], ...]
 
-# safetensors dtype code → bytes an element. Sub-byte codes are not in it: no checkpoint of this family has them.
+# safetensors dtype code → bytes an element, in the order of the package's own enumeration, by which its writer sorts. Sub-byte
+# codes are not in it: no checkpoint of this family has them.
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
+DTYPE_ORDER = {code: number for number, code in enumerate(DTYPE_BYTES)}
 
 # safetensors dtype code → name of the torch dtype (an attribute of `torch`).
 TORCH_NAMES = {

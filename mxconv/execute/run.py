@@ -167,7 +167,7 @@ def run_plan(
             return _result(output.root, output.finished, plan, len(plan.units), True, began, workers, ())
         require_disk(plan, output.work)
         regions = {unit.id: _regions(plan, unit) for unit in plan.units}
-        with ArtifactWriter(output, files=plan.files, units=regions, progress=progress) as writer:
+        with ArtifactWriter(output, files=plan.files, units=regions, source=source.fingerprint(), progress=progress) as writer:
             before = len(writer.done)
             measured = statistics.get(output.work, plan, stop, progress) if statistics is not None else None
             _run_units(plan, source, writer, regions, workers, stop, measured, progress)
