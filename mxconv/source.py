@@ -78,7 +78,8 @@ class Source:
 
     def fingerprint(self) -> dict[str, list[int | str]]:
         """Size, mtime and header hash of every file: a run is resumed only on the source that it began with."""
-        return {f"rank{rank}: {path}": facts for rank, shards in enumerate(self.ranks) for path, facts in shards.fingerprint().items()}
+        ranks = enumerate(shards.fingerprint() for shards in self.ranks)
+        return {f"rank{rank}: {path}": facts for rank, files in ranks for path, facts in files.items()}
 
     def headers_digest(self) -> str:
         """SHA-256 over config and every tensor's name, dtype, shape, file and offset: what a plan was made from."""
