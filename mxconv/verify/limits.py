@@ -14,6 +14,8 @@ from types import MappingProxyType
 from mxconv.errors import UsageError, raise_all
 from mxconv.quantize.schemes import SCHEMES
 
+FLOAT32_SHARE = 2.0**-14
+"""A model that amplifies rounding does so in both dtypes: float32 has 16 more bits than bfloat16; two of them are given away."""
 EXACT = "none"
 """Key of an unquantized artifact (`convert`) in limits that depend on the scheme."""
 
@@ -69,13 +71,13 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             Limit(
                 name="exact_l2", value=2e-6,
                 reason="relative L2 of float32 logits of unquantized weights: right forwards agree to 2–4e-7, the smallest "
-                "mistakes in the model's constants give 3e-7 to 1.5e-5",
+                "mistakes in the model's constants give 3e-7 to 1.5e-5; where a model amplifies rounding more, 2^-14 of the L2 "
+                "that bfloat16 makes of the source",
             ),
             Limit(
                 name="parallel_l2", value=2e-6,
                 reason="relative L2 of the logits of TP n against TP 1 with activations unquantized: summation order alone, "
-                "2–3e-7; in a model that amplifies rounding more, 2^-14 of the L2 that bfloat16 makes of the source (float32 is "
-                "2^-16 as coarse)",
+                "2–3e-7; where a model amplifies rounding more, 2^-14 of the L2 that bfloat16 makes of the source",
             ),
             Limit(
                 name="parallel_kl_share", value=0.25,
@@ -88,9 +90,14 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
                 "most sensitive trained model reaches (int4 .034, fp8 .0036)",
             ),
             Limit(
-                name="kl_floor_factor", value=_by_scheme(exact=0.0, int4=100.0, fp8=30.0),
+                name="kl_floor_factor", value=_by_scheme(exact=0.01, int4=100.0, fp8=30.0),
                 reason="or this many times the KL that bfloat16 alone makes of the source, where that is more: untrained models "
                 "amplify every rounding, and their right artifacts reach 5–38 times (int4) and 2–12 times (fp8) of it",
+            ),
+            Limit(
+                name="layer_floor_factor", value=_by_scheme(exact=0.01, int4=30.0, fp8=10.0),
+                reason="hidden-state error of a layer, in units of what bfloat16 makes of the source there: names the first bad "
+                "layer of logits that fail, and gates nothing itself (right artifacts: 3e-5, 3–11, 1–4)",
             ),
             Limit(
                 name="floor", value=0.01,
@@ -131,11 +138,11 @@ class Limits:
             return self["kl_mean"]
         return max(self["kl_mean"], self["kl_floor_factor"] * floor)
 
-    def parallel_l2(self, floor_l2: float | None) -> float:
-        """The limit of TP n against TP 1, given the relative L2 of bfloat16 against float32 of the source."""
-        if "parallel_l2" in self.overrides or floor_l2 is None or not floor_l2 < float("inf"):
-            return self["parallel_l2"]
-        return max(self["parallel_l2"], floor_l2 * 2.0**-14)
+    def l2(self, name: str, floor_l2: float | None) -> float:
+        """The limit `name` of a relative L2 in float32, given that of bfloat16 against float32 of the source."""
+        if name in self.overrides or floor_l2 is None or not floor_l2 < float("inf"):
+            return self[name]
+        return max(self[name], floor_l2 * FLOAT32_SHARE)
 
     def document(self) -> dict[str, float]:
         """Name → value."""

@@ -70,11 +70,11 @@ def pairs_of(lanes: list[Lane], *, with_source: bool) -> list[tuple[str, str]]:
 
 
 def run_logits(
-    lanes: list[Lane], source: SourceSide | None, prompts: Prompts, options: Options, device: torch.device, progress: Progress
-) -> LogitsOutcome:
-    """Run all lanes and compare. The source's come from `options.reference` when that file is there; else it is written."""
+    lanes: list[Lane], source: SourceSide | None, kept: Reference | None, prompts: Prompts, options: Options, device: torch.device,
+    progress: Progress,
+) -> LogitsOutcome:  # fmt: skip
+    """Run all lanes and compare. The source's come from `kept`; without it they are run, and `options.reference` is written."""
     ids = prompts.ids.to(device)
-    kept = _read(source, prompts, options, device)
     models = {lane.name: lane.model for lane in lanes}
     if source is not None:
         models[SOURCE] = Model(source.weights, device=device, dtype=torch.float32, stream=True)
@@ -108,7 +108,8 @@ def _identity(source: SourceSide, prompts: Prompts, options: Options) -> dict[st
     return stored.identity(source.digest, prompts.digest, keep_decay=options.keep_decay)
 
 
-def _read(source: SourceSide | None, prompts: Prompts, options: Options, device: torch.device) -> Reference | None:
+def kept_reference(source: SourceSide | None, prompts: Prompts, options: Options, device: torch.device) -> Reference | None:
+    """What the file `options.reference` keeps, None when there is none; see `reference.read_reference` for what it raises."""
     if source is None or options.reference is None or not options.reference.exists():
         return None
     return stored.read_reference(options.reference, _identity(source, prompts, options), device)

@@ -23,7 +23,7 @@ from mxconv.verify import bounds
 from mxconv.verify.findings import Finding
 from mxconv.verify.limits import Limits
 
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 """Weights are widened this many at a time."""
 ROUND_TO_NEAREST = "rtn"
 SLACK = 1e-3
@@ -43,9 +43,13 @@ class Deviation:
 
 
 class Sums:
-    """Squares of errors, half steps and source over rows, columns, tiles, and which tiles hold an element out of bounds."""
+    """Squares of errors, half steps and source over rows, columns, tiles, and which tiles hold an element out of bounds.
 
-    def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
+    All in units of `unit`, the tensor's largest weight, where squares of the weights would leave float32.
+    """
+
+    def __init__(self, out_features: int, in_features: int, unit: float, device: torch.device) -> None:
+        self.unit = 1.0 if unit == 0 or 1e-12 < unit < 1e12 else unit
         tiles = (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
         self.rows = torch.zeros(2, out_features, dtype=torch.float64, device=device)
         self.columns = torch.zeros(2, in_features, dtype=torch.float64, device=device)
@@ -62,12 +66,15 @@ class Sums:
         self.beyond[first:last] = bounds.grid(out, FP8_BLOCK, FP8_BLOCK).any(3).any(1)
         self.count += int(out.sum())
         self.peak = max(self.peak, float(share.nan_to_num(float("inf")).amax()))
-        self.source += float(u.square().sum(dtype=torch.float64))
+        self.source += float(self._squares(u).sum(dtype=torch.float64))
         for index, x in enumerate((error, half)):
-            squares = x.square()
+            squares = self._squares(x)
             self.rows[index, start : start + len(u)] = squares.sum(1, dtype=torch.float64)
             self.columns[index] += squares.sum(0, dtype=torch.float64)
             self.tiles[index, first:last] = bounds.grid(squares, FP8_BLOCK, FP8_BLOCK).sum((1, 3), dtype=torch.float64)
+
+    def _squares(self, x: Tensor) -> Tensor:
+        return x.square() if self.unit == 1.0 else (x / self.unit).square()
 
     def deviation(self) -> Deviation:
         """Of the whole tensor."""
@@ -102,7 +109,7 @@ class Judge:
         """`source` float32 [out, in] of that rank; `largest` its absmax tiles, of all ranks where they share a scale."""
         coded = coded.to(self.device)
         block = self.scheme.rotation[PROJECTION[name]]
-        sums = Sums(len(source), source.shape[1], self.device)
+        sums = Sums(len(source), source.shape[1], float(largest.max()), self.device)
         for start, stop in row_chunks(*source.shape):
             u = self._u(source[start:stop], block)
             decoded = rotated_weight(bounds.coded_rows(coded, self.scheme, start, stop), self.scheme)
@@ -158,13 +165,13 @@ class Judge:
             )  # fmt: skip
 
     def _noise(self, sums: Sums, name: str, tensor: str, rank: int) -> list[Finding]:
-        """The first of tensor, blocks, rows, columns whose rms error is beyond its limit."""
+        """The first of blocks, rows, columns, tensor whose rms error is beyond its limit."""
         out = sums.rows.shape[1]
         views: tuple[tuple[str, Tensor, Callable[[Tensor], str]], ...] = (
-            ("noise", sums.rows.sum(1)[:, None], lambda hit: ""),
             ("noise_local", sums.tiles, lambda hit: tile_words(hit, out, name)),
             ("noise_local", sums.rows, lambda hit: row_words(_first(hit), _first(hit) + 1, out, name)),
             ("noise_local", sums.columns, lambda hit: f"input {_first(hit)}"),
+            ("noise", sums.rows.sum(1)[:, None], lambda hit: ""),
         )
         for limit, (error, half), words in views:
             ratio = torch.where(error == 0, 0.0, (error / half).sqrt())
@@ -231,7 +238,7 @@ def equal_finding(
             check="unquantized weights", what="stored in another dtype than the source", tensor=tensor, rank=rank,
             expected=str(source.dtype).removeprefix("torch."), got=str(artifact.dtype).removeprefix("torch."),
         )  # fmt: skip
-    a, b = _bits(artifact, source.to(artifact.dtype))
+    a, b = same_bits(artifact, source.to(artifact.dtype))
     if torch.equal(a, b):
         return None
     differ = a != b
@@ -245,6 +252,7 @@ def equal_finding(
     )  # fmt: skip
 
 
-def _bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def same_bits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one dtype as integers of their bits, in which a NaN equals itself and −0 is not 0."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.contiguous().view(kind), b.contiguous().view(kind)

@@ -21,7 +21,7 @@ from mxconv.verify.activation import check_scales
 from mxconv.verify.consumer import fastdeploy_rules
 from mxconv.verify.findings import Finding, Section, from_error, skipped, status_of
 from mxconv.verify.limits import Limits
-from mxconv.verify.logits import LogitsOutcome, SourceSide, artifact_lanes, run_logits
+from mxconv.verify.logits import LogitsOutcome, SourceSide, artifact_lanes, kept_reference, run_logits
 from mxconv.verify.numerics import ROUND_TO_NEAREST, Judge
 from mxconv.verify.numerics_section import numerics_section
 from mxconv.verify.options import Options
@@ -61,6 +61,7 @@ def verify(artifact: Path | str, options: Options, progress: Progress = SILENT) 
     try:
         return run.report()
     finally:
+        progress.finish()
         run.close()
 
 
@@ -277,14 +278,14 @@ class _Run:
         if self.options.source is not None:
             whole = self._source(self.options.source, None)
             side = SourceSide(weights=whole, digest=source_digest(whole.config, structure.rank_shards(self.options.source)))
+        kept = kept_reference(side, prompts, self.options, self.device)
         try:
             lanes = artifact_lanes(weights, self.subject.merged, self.device)
-            outcome = run_logits(lanes, side, prompts, self.options, self.device, self.progress)
+            return run_logits(lanes, side, kept, prompts, self.options, self.device, self.progress), []
         except (MalformedInput, IntegrityError) as error:
+            if error.where is not None and self.options.source is not None and error.where.startswith(str(self.options.source)):
+                raise
             return None, from_error(error, "passes")
-        finally:
-            self.progress.finish()
-        return outcome, []
 
 
 def _tensors(manifest: Manifest) -> int:

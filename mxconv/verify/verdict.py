@@ -18,7 +18,7 @@ PARALLEL_WINDOWS = 16
 """KL between TP sizes is held to its limit over at least this many windows; below it is reported."""
 BLOCK = 256
 JUMP = 4.0
-"""A layer that adds this many times the median layer's error is the one to look at."""
+"""A layer that adds this many times a middling layer's error is the one to look at."""
 NEGLIGIBLE_KL = 1e-7
 
 
@@ -26,20 +26,26 @@ def judge_logits(outcome: LogitsOutcome, prompts: Prompts, limits: Limits) -> Se
     """The `logits` section: KL gates (for unquantized weights the relative L2 too), the rest is reported."""
     exact = limits.scheme is None
     served = outcome.against_source(WEIGHTS_ONLY if exact else SERVED)
-    # Unquantized weights at one rank repeat the source's forward; what several ranks' sums differ by is the parallel section's.
+    # Unquantized weights are held to the source at one rank; what several ranks' sums differ by is the parallel section's.
     gated = outcome.against_source(MERGED_WEIGHTS_ONLY) if exact else None
     gated = gated or served
     if served is None or gated is None:
         return skipped("logits", "nothing to compare with")
     floor = outcome.against_source(FLOOR)
     limit = limits.kl(None if floor is None else floor.kl.mean.mean)
-    findings = [*_kl(gated, limit), *(_exact(gated, limits) if exact else ())]
-    worst = first_bad_layer(outcome.layers.get(WEIGHTS_ONLY if exact else SERVED, ()))
+    bar = limits.l2("exact_l2", None if floor is None else floor.logits_l2)
+    beyond, note = _windows_beyond(gated, bar, "exact_l2", "logits of unquantized weights are not the source's")
+    findings = [*_kl(gated, limit), *(beyond if exact else ())]
+    errors = outcome.layers.get(WEIGHTS_ONLY if exact else SERVED, ())
+    worst = first_bad_layer(errors, outcome.layers.get(FLOOR, ()), limits["layer_floor_factor"])
     if findings and worst is not None:
-        findings.append(Finding(check="layers", what="the hidden-state error jumps here first", place=f"layer {worst}"))
+        got = f"relative error {errors[worst]:.3g}, bfloat16 makes {outcome.layers[FLOOR][worst]:.2g}"
+        what = "the first layer whose hidden states are off"
+        findings.append(Finding(check="layers", what=what, place=f"layer {worst}", got=got))
     return Section(
         name="logits", status=status_of(findings), summary=_summary(served, prompts),
-        limit=f"KL {limit:.3g}" + (f", L2 {limits['exact_l2']:g}" if exact else ""), lines=_lines(outcome, prompts),
+        limit=f"KL {limit:.3g}" + (f", L2 {bar:.2g}" if exact else ""),
+        lines=(*_lines(outcome, prompts), *((note,) if exact and note else ())),
         warnings=tuple(_warnings(floor, prompts, limits)), findings=tuple(findings),
         checks=("kl_mean", *(("exact_l2",) if exact else ())), figures=_figures(outcome, prompts, worst),
     )  # fmt: skip
@@ -63,28 +69,20 @@ def _kl(gated: Metrics, limit: float) -> Sequence[Finding]:
     return (Finding(check="kl_mean", what=what, expected=f"at most {limit:.3g}", got=got),)
 
 
-def _exact(gated: Metrics, limits: Limits) -> Sequence[Finding]:
-    if gated.logits_l2 <= limits["exact_l2"]:
-        return ()
-    what = "logits of unquantized weights are not the source's"
-    expected = f"relative L2 of at most {limits['exact_l2']:g}"
-    return (Finding(check="exact_l2", what=what, expected=expected, got=f"{gated.logits_l2:.3g}"),)
+def first_bad_layer(errors: Sequence[float], floor: Sequence[float], factor: float) -> int | None:
+    """The first layer whose hidden-state error is not finite or more than `factor` times bfloat16's at that layer.
 
-
-def first_bad_layer(errors: Sequence[float]) -> int | None:
-    """The first layer whose own addition to the hidden-state error is not finite or `JUMP` times the median addition.
-
-    Errors of layers are nearly independent, so that their squares add up: layer l adds √(e_l² − e_(l−1)²).
+    Where none is, the first that adds `JUMP` times what a middling layer does: errors of layers are nearly independent, so that
+    their squares add up, and layer l adds √(e_l² − e_(l−1)²).
     """
-    before = 0.0
-    steps = []
-    for error in errors:
-        steps.append(math.sqrt(max(error * error - before * before, 0.0)) if math.isfinite(error) else math.inf)
-        before = error
-    if not steps:
-        return None
-    median = sorted(steps)[len(steps) // 2]
-    return next((layer for layer, step in enumerate(steps) if not math.isfinite(step) or step > JUMP * median), None)
+    beyond = (layer for layer, (error, noise) in enumerate(zip(errors, floor, strict=True)) if not error <= factor * noise)
+    first = next(beyond, None)
+    if first is not None or not errors:
+        return first
+    squares = [error * error for error in errors]
+    steps = [max(square - before, 0.0) ** 0.5 for square, before in zip(squares, [0.0, *squares], strict=False)]
+    middling = sorted(steps)[(len(steps) - 1) // 2]
+    return next((layer for layer, step in enumerate(steps) if step > JUMP * middling), None)
 
 
 def _summary(served: Metrics, prompts: Prompts) -> str:
@@ -158,10 +156,12 @@ def judge_parallel(
     limit = ""
     if plain is not None and outcome is not None:
         floor = outcome.against_source(FLOOR)
-        bar = limits.parallel_l2(None if floor is None else floor.logits_l2)
-        found, line = _summation(plain, bar)
+        bar = limits.l2("parallel_l2", None if floor is None else floor.logits_l2)
+        found, note = _windows_beyond(plain, bar, "parallel_l2", f"logits of tp {ranks} and tp 1 differ, activations unquantized")
         findings += found
-        lines.append(line)
+        spread = f"windows {min(plain.window_l2):.2g} … {max(plain.window_l2):.2g}"
+        lines.append(f"activations unquantized: relative L2 {plain.logits_l2:.2g}, {spread}")
+        lines += [note] if note else []
         checks.append("parallel_l2")
         figures["logits_l2"] = plain.logits_l2
         words += f"; tp {ranks} = tp 1 to {plain.logits_l2:.1e} unquantized" if not found else f"; tp {ranks} is not tp 1"
@@ -179,22 +179,19 @@ def judge_parallel(
     )  # fmt: skip
 
 
-def _summation(plain: Metrics, limit: float) -> tuple[list[Finding], str]:
-    """TP n against TP 1 with activations unquantized, window by window.
+def _windows_beyond(metrics: Metrics, limit: float, check: str, what: str) -> tuple[list[Finding], str]:
+    """(findings, note): windows whose logits differ by more than float32 summation explains.
 
     A token whose second and third expert are equal to the last bit may go to either; that changes its window and is no fault.
     It happens once in 10⁵ to 10⁶ decisions, so one window in eight may be beyond the limit, not all.
     """
-    beyond = [index for index, value in enumerate(plain.window_l2) if not value <= limit]
-    allowed = max(1, plain.windows // 8) if plain.windows > 1 else 0
-    spread = f"windows {min(plain.window_l2):.2g} … {max(plain.window_l2):.2g}"
-    line = f"activations unquantized: relative L2 {plain.logits_l2:.2g}, {spread}"
-    if len(beyond) > allowed or any(math.isnan(value) for value in plain.window_l2):
-        what = f"logits of TP n and TP 1 differ in {len(beyond)} of {plain.windows} windows, activations unquantized"
-        return [Finding(check="parallel_l2", what=what, expected=f"at most {limit:.2g}", got=f"{plain.logits_l2:.3g}")], line
-    if beyond:
-        line += f"; window {', '.join(map(str, beyond))} is beyond {limit:.2g}: a router near-tie"
-    return [], line
+    beyond = [index for index, value in enumerate(metrics.window_l2) if not value <= limit]
+    allowed = max(1, metrics.windows // 8) if metrics.windows > 1 else 0
+    if len(beyond) > allowed or any(math.isnan(value) for value in metrics.window_l2):
+        got = f"{metrics.logits_l2:.3g}, in {len(beyond)} of {metrics.windows} windows"
+        return [Finding(check=check, what=what, expected=f"relative L2 of at most {limit:.2g}", got=got)], ""
+    note = f"window {', '.join(map(str, beyond))} is beyond {limit:.2g}: a router near-tie" if beyond else ""
+    return [], note
 
 
 def _share(outcome: LogitsOutcome, limits: Limits) -> tuple[list[Finding], str, float | None]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mxconv.verify import Options, Report, verify
-from tests.mutants import BASES, MUTANTS, Folder, make_base, make_source
+from tests.mutants import BASES, MUTANTS, make_base, make_source
+from tests.spoil import Folder
 
 
 @pytest.fixture(scope="module", autouse=True)
