@@ -94,7 +94,7 @@ class Model:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, H] of `ids`."""
-        return self._embed.embed(ids.to(self.device))
+        return self._embed.embed(ids.to(self.device, torch.int64))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderLayer]:

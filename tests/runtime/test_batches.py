@@ -116,6 +116,13 @@ def test_last(model: Model) -> None:
     assert torch.equal(model(ids, last=50), whole)
 
 
+def test_int32_ids(model: Model, tmp_path: Path) -> None:
+    ids = random_ids(128, 2, 9)
+    assert torch.equal(model(ids.int()), model(ids))
+    several = load(make_checkpoint(tmp_path), tp=2, stream=True)
+    assert torch.equal(several(ids.int()), several(ids))
+
+
 @pytest.mark.parametrize(
     ("ids", "kwargs"),
     [
