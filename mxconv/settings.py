@@ -24,8 +24,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from mxconv import parsing
-from mxconv.config import read_regular
 from mxconv.errors import MxconvError, UsageError, printable, raise_all
+from mxconv.jsonfiles import read_regular
 from mxconv.parsing import Rejected
 from mxconv.quantize.schemes import DEFAULT_SCHEME, HADAMARD_BLOCKS, SCHEMES
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mxconv.chat import ChatTemplate
-from mxconv.config import read_json, read_regular
 from mxconv.errors import MalformedInput, MxconvError, UsageError, printable
+from mxconv.jsonfiles import read_json, read_regular
 
 if TYPE_CHECKING:
     import tokenizers

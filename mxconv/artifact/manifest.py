@@ -25,8 +25,8 @@ from typing import Any
 
 from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME
 from mxconv.checkpoint.folder import path_problem
-from mxconv.config import read_json
 from mxconv.errors import IncompleteInput, IntegrityError, MalformedInput, MxconvError
+from mxconv.jsonfiles import read_json
 
 SCHEMA = "mxconv-manifest/1"
 OWN_KEYS = frozenset(("schema", "plan_digest", "files", "sha256"))

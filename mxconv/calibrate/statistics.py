@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mxconv.config import read_json
 from mxconv.errors import IncompleteInput, MalformedInput
+from mxconv.jsonfiles import read_json
 from mxconv.quantize.schemes import PROJECTIONS
 
 VERSION = 1

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mxconv.config import read_json, read_regular
 from mxconv.errors import MalformedInput, UsageError, printable
+from mxconv.jsonfiles import read_json, read_regular
 
 if TYPE_CHECKING:
     import jinja2

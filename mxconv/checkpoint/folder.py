@@ -14,8 +14,8 @@ from typing import Any
 
 from mxconv.checkpoint.files import ReadFile, check_inside, read_file
 from mxconv.checkpoint.stored import Shards, StoredFile, StoredTensor
-from mxconv.config import read_json
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable
+from mxconv.jsonfiles import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

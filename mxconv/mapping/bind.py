@@ -14,7 +14,7 @@ from mxconv.config import FULL, LINEAR, ModelConfig
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, UsageError
 from mxconv.mapping.containers import SIDE_BY_SIDE, STACK, Container, Dims, Part, parse_axes
 from mxconv.mapping.fastdeploy import VOCABULARY_MULTIPLE
-from mxconv.mapping.parameters import Parameter, axis_sizes, parameter
+from mxconv.mapping.parameters import ROLES, Parameter, parameter
 from mxconv.mapping.rules import Rule, Table, fill
 from mxconv.tensors import FLOAT_DTYPES, TensorSpec
 
@@ -94,7 +94,7 @@ def container_of(
     """The container of `rule` at these numbers on `rank`; None when a size does not divide."""
     dims = parse_axes(rule.axes)
     experts: Iterable[int | None] = [expert]
-    stacked = (STACK,) in dims and "{e}" in rule.holds[0] and "{e}" not in rule.pattern
+    stacked = (STACK,) in dims and STACK not in ROLES[rule.holds[0]]
     if stacked:
         experts = range(config.num_experts)
     parts = []
@@ -283,4 +283,4 @@ def expected_specs(table: Table, config: ModelConfig, names: Iterable[str], size
     return specs
 
 
-__all__ = ["Bound", "axis_sizes", "bind", "divisible", "expected_specs", "lay_out", "padded_vocabulary", "shard_range"]
+__all__ = ["Bound", "bind", "divisible", "expected_specs", "lay_out", "padded_vocabulary", "shard_range"]
