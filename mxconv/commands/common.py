@@ -34,7 +34,7 @@ _TABLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "calibration": (("--calibration",), {"metavar": "FILE", "help": "Text, or token ids as .npy (default: a built-in text)."}),
     "ignore": (("--ignore",), {"metavar": "PATTERN", "multiple": True, "help": "Keep these layers' experts unquantized (a glob)."}),
     "drop": (("--drop",), {"metavar": "PATTERN", "multiple": True, "help": "Leave unexpected tensors out (a glob of names)."}),
-    "keep_decay": (("--keep-decay",), {"is_flag": True, "default": None, "help": "Use stored decay that differs from the formula."}),
+    "keep_decay": (("--keep-decay",), {"is_flag": True, "default": None, "help": "Use stored decay that is not the formula."}),
     "resume": (("--resume",), {"is_flag": True, "help": "Go on with an interrupted run, or check a finished one."}),
     "overwrite": (("--overwrite",), {"is_flag": True, "help": "Replace what is in the output folder, at the very end."}),
     "dry_run": (("--dry-run",), {"is_flag": True, "help": "Plan and report; write nothing."}),
