@@ -23,6 +23,7 @@ from mxconv.quantize.schemes import E4M3_MAX, FP8_BLOCK, INT4_MAX, Scheme
 from mxconv.runtime.coded import Coded, rotate
 
 _MIN_BINADE = -6
+_EXPONENT_BITS = 0x7F800000
 # Two float32 evaluations of one rotation differ by a few units of the last place of the largest sum.
 ROTATION_NOISE = 1e-6
 
@@ -55,20 +56,24 @@ def absmax(u: Tensor, scheme: Scheme) -> Tensor:
     return grid(u.abs(), *tile(scheme, *u.shape)).amax((1, 3))
 
 
-def spread(tiles: Tensor, scheme: Scheme, out_features: int, in_features: int) -> Tensor:
-    """A value a tile → a value an element [out, in] (a view where that is possible)."""
-    rows, columns = tile(scheme, out_features, in_features)
-    return tiles.repeat_interleave(rows, 0)[:out_features].repeat_interleave(columns, 1)[:, :in_features]
+def runs(x: Tensor, tiles: Tensor) -> Tensor:
+    """x [out, in] as [out, n, in/n], n the tiles that lie beside each other: tile values broadcast over the last axis."""
+    return x.unflatten(1, (tiles.shape[1], -1))
 
 
-def half_steps(u: Tensor, largest: Tensor, scheme: Scheme) -> Tensor:
-    """The bound of each element [out, in]; `largest` is a matrix of tiles, of this rank's u or of all ranks'."""
-    each = spread(largest, scheme, *u.shape)
+def spread(tiles: Tensor, scheme: Scheme, out_features: int) -> Tensor:
+    """A value a tile, to be broadcast over `runs`: [out or 1, n, 1]."""
+    return (tiles.repeat_interleave(FP8_BLOCK, 0)[:out_features] if scheme.granularity == "block" else tiles)[:, :, None]
+
+
+def half_steps(u: Tensor, tiles: Tensor, scheme: Scheme) -> Tensor:
+    """The bound of each element, to be broadcast over `u` [out, n, in/n]; `tiles` are absmaxes as `spread` gives them."""
     if scheme.weight == "int4":
-        return each / (2 * INT4_MAX)
-    scale = torch.where(each == 0, 1.0, each / E4M3_MAX)
-    exponent = torch.frexp(u / scale).exponent - 1  # u/scale in [2^k, 2^(k+1))
-    return torch.ldexp(scale, exponent.clamp(min=_MIN_BINADE) - 4)
+        return tiles / (2 * INT4_MAX)
+    scale = torch.where(tiles == 0, 1.0, tiles / E4M3_MAX)
+    # 2^k is u/scale without sign and mantissa; a half step is 2^(k-4)
+    binade = (u / scale).view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
+    return binade.clamp_(min=2.0**_MIN_BINADE).mul_(scale / 16)
 
 
 def absmax_scale(largest: Tensor, scheme: Scheme, rotation: int) -> Tensor:

@@ -23,6 +23,7 @@ WHOLE = 0.97
 """Of the whole weight and not of most of it: one doubled block of eight leaves a cosine of .96."""
 SAME_SIZE = 0.05
 MAX_EXPERTS = 64
+NEIGHBOURS = 2
 
 
 class Diagnosis:
@@ -75,9 +76,9 @@ class Diagnosis:
         for other in range(min(config.num_experts, MAX_EXPERTS)) if expert is not None else ():
             if other != expert:
                 yield f"that of expert {other}", self.source.dense(layer, f"experts.{other}.{projection}", rank)
-        for other in (layer - 1, layer + 1):
-            if 0 <= other < config.num_layers and name in self.source.names(other):
-                yield f"that of layer {other}", self.source.dense(other, name, rank)
+        alike = [other for other in range(config.num_layers) if other != layer and name in self.source.names(other)]
+        for other in sorted(alike, key=lambda other: abs(other - layer))[:NEIGHBOURS]:
+            yield f"that of layer {other}", self.source.dense(other, name, rank)
         if name in ("attn_norm", "mlp_norm"):
             twin = "mlp_norm" if name == "attn_norm" else "attn_norm"
             yield f"the layer's {twin}", self.source.dense(layer, twin, rank)

@@ -92,8 +92,8 @@ class Pair:
 
 
 def block_rows(tokens: int, sides: int, memory_bytes: int) -> int:
-    """Vocabulary rows of a block, so that float32 logits of all sides, and as much again, fit into `memory_bytes`."""
-    return max(MIN_BLOCK, min(MAX_BLOCK, memory_bytes // (8 * tokens * max(1, sides))))
+    """Vocabulary rows of a block, so that float32 logits of all sides and three more arrays of their size fit into `memory_bytes`."""
+    return max(MIN_BLOCK, min(MAX_BLOCK, memory_bytes // (4 * tokens * (sides + 3))))
 
 
 def aligned(streams: Sequence[Iterator[tuple[int, Tensor]]]) -> Iterator[tuple[int, list[Tensor]]]:
@@ -128,9 +128,11 @@ def compare(
         streams = [_blocks(sides[name], block) for name in names]
         for start, blocks in aligned(streams):
             logits = dict(zip(names, blocks, strict=True))
-            taken = {name: softmax[name].add(start, z) for name, z in logits.items()}
-            for (p, q), pair in sums.items():
-                pair.add(*taken[p], logits[p], logits[q])
+            for name in names:
+                weights, shrink = softmax[name].add(start, logits[name])
+                for (p, q), pair in sums.items():
+                    if p == name:
+                        pair.add(weights, shrink, logits[p], logits[q])
     return {(p, q): pair.scores(softmax[p], softmax[q], len(ids)) for (p, q), pair in sums.items()}
 
 

@@ -21,6 +21,8 @@ from mxconv.verify.prompts import Prompts
 from mxconv.verify.reference import Reference
 from mxconv.verify.streams import Lane, Trace, layer_errors, run
 
+LOGITS_SHARE = 8
+"""A block of logits gets this part of the memory; larger ones are no faster."""
 SOURCE, FLOOR = "source", "bf16"
 SERVED, WEIGHTS_ONLY = "as served", "weights only"
 MERGED_SERVED, MERGED_WEIGHTS_ONLY = "as served, tp 1", "weights only, tp 1"
@@ -91,7 +93,7 @@ def run_logits(
     sides = {name: Side(model=models[name], hidden=trace.hidden) for name, trace in traces.items()}
     pairs = pairs_of(lanes, with_source=source is not None)
     progress.advance(0, "logits, by blocks of the vocabulary")
-    scores = compare(sides, pairs, ids, options.memory_bytes) if pairs else {}
+    scores = compare(sides, pairs, ids, options.memory_bytes // LOGITS_SHARE) if pairs else {}
     return LogitsOutcome(
         metrics={pair: summarize(score) for pair, score in scores.items()}, layers=_layers(traces), from_reference=kept is not None
     )

@@ -11,7 +11,7 @@ The source is loaded by the runtime's own statement of names, orders and cuts; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from mxconv.quantize.schemes import FP8_BLOCK, Scheme
 from mxconv.runtime.coded import PROJECTION, Coded, rotated_weight
 from mxconv.verify import bounds
+from mxconv.verify.deviations import Deviation, Sums, Totals
 from mxconv.verify.findings import Finding
 from mxconv.verify.limits import Limits
 
@@ -29,58 +30,6 @@ ROUND_TO_NEAREST = "rtn"
 SLACK = 1e-3
 """Of a bound, for float32 on both sides; decisions lie half a step away from it."""
 MAX_PLACES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deviation:
-    """How far one rank's weight lies from its source. Errors are relative to the source's rms."""
-
-    rel_rms: float
-    bound: float
-    """Its own rms half step: what rounding to nearest can reach at most."""
-    peak: float
-    """Largest deviation of an element in units of its half step."""
-
-
-class Sums:
-    """Squares of errors, half steps and source over rows, columns, tiles, and which tiles hold an element out of bounds.
-
-    All in units of `unit`, the tensor's largest weight, where squares of the weights would leave float32.
-    """
-
-    def __init__(self, out_features: int, in_features: int, unit: float, device: torch.device) -> None:
-        self.unit = 1.0 if unit == 0 or 1e-12 < unit < 1e12 else unit
-        tiles = (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
-        self.rows = torch.zeros(2, out_features, dtype=torch.float64, device=device)
-        self.columns = torch.zeros(2, in_features, dtype=torch.float64, device=device)
-        self.tiles = torch.zeros(2, *tiles, dtype=torch.float64, device=device)
-        self.beyond = torch.zeros(tiles, dtype=torch.bool, device=device)
-        self.source, self.peak, self.count = 0.0, 0.0, 0
-
-    def add(self, start: int, u: Tensor, error: Tensor, half: Tensor, limit: float) -> None:
-        """Rows from `start`, a multiple of 128."""
-        share = (error - bounds.ROTATION_NOISE * u.abs().amax()).clamp(min=0) / half
-        share = torch.where(error == 0, 0.0, share)
-        out = ~(share <= limit * (1 + SLACK))
-        first, last = start // FP8_BLOCK, start // FP8_BLOCK + -(-len(u) // FP8_BLOCK)
-        self.beyond[first:last] = bounds.grid(out, FP8_BLOCK, FP8_BLOCK).any(3).any(1)
-        self.count += int(out.sum())
-        self.peak = max(self.peak, float(share.nan_to_num(float("inf")).amax()))
-        self.source += float(self._squares(u).sum(dtype=torch.float64))
-        for index, x in enumerate((error, half)):
-            squares = self._squares(x)
-            self.rows[index, start : start + len(u)] = squares.sum(1, dtype=torch.float64)
-            self.columns[index] += squares.sum(0, dtype=torch.float64)
-            self.tiles[index, first:last] = bounds.grid(squares, FP8_BLOCK, FP8_BLOCK).sum((1, 3), dtype=torch.float64)
-
-    def _squares(self, x: Tensor) -> Tensor:
-        return x.square() if self.unit == 1.0 else (x / self.unit).square()
-
-    def deviation(self) -> Deviation:
-        """Of the whole tensor."""
-        error, half = (float(x) for x in self.rows.sum(1))
-        source = max(self.source, 1e-300)
-        return Deviation(rel_rms=(error / source) ** 0.5, bound=(half / source) ** 0.5, peak=self.peak)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,32 +44,59 @@ class Judge:
     def tiles(self, weight: Tensor, name: str) -> Tensor:
         """absmax tiles of one rank's source weight [out, in]."""
         block = self.scheme.rotation[PROJECTION[name]]
-        parts = [bounds.absmax(self._u(weight[a:b], block), self.scheme) for a, b in row_chunks(*weight.shape)]
-        if self.scheme.granularity == "tensor":
-            return torch.stack(parts).amax(0)
-        return torch.cat(parts)
+        return self._joined([bounds.absmax(self._u(weight[a:b], block), self.scheme) for a, b in row_chunks(*weight.shape)])
+
+    def _joined(self, tiles: Sequence[Tensor]) -> Tensor:
+        return torch.stack(tuple(tiles)).amax(0) if self.scheme.granularity == "tensor" else torch.cat(tuple(tiles))
 
     def _u(self, rows: Tensor, block: int) -> Tensor:
         return bounds.rotated(rows.to(device=self.device, dtype=torch.float32), block)
 
     def weight(
-        self, coded: Coded, source: Tensor, largest: Tensor, name: str, names: tuple[str, ...], rank: int
+        self, coded: Coded, source: Tensor, largest: Tensor | None, name: str, names: tuple[str, ...], rank: int
     ) -> tuple[Deviation, list[Finding]]:
-        """`source` float32 [out, in] of that rank; `largest` its absmax tiles, of all ranks where they share a scale."""
+        """`source` [out, in] of that rank; `largest` the absmax tiles of all ranks where they share a scale, else None.
+
+        `names` are those of the stored codes and scales.
+        """
         coded = coded.to(self.device)
         block = self.scheme.rotation[PROJECTION[name]]
+        shared = largest
+        totals, tiles = Totals(), []
+        for start, stop in row_chunks(*source.shape):
+            u, error, half, mine = self._compared(coded, source, shared, block, start, stop)
+            totals.add(u, error, half)
+            tiles.append(mine)
+        largest = self._joined(tiles) if shared is None else shared
+        findings = [*self._codes(coded, names[0], rank), *self._scale(coded, largest, block, name, names[1], rank)]
+        nearest = self.method == ROUND_TO_NEAREST
+        if nearest and totals.peak <= self.limits["rounding"] * (1 + SLACK):
+            return totals.deviation(), findings
         sums = Sums(len(source), source.shape[1], float(largest.max()), self.device)
         for start, stop in row_chunks(*source.shape):
-            u = self._u(source[start:stop], block)
-            decoded = rotated_weight(bounds.coded_rows(coded, self.scheme, start, stop), self.scheme)
-            half = bounds.half_steps(u, bounds.tile_rows(largest, self.scheme, start, stop), self.scheme)
-            sums.add(start, u, (decoded - u).abs(), half, self.limits["rounding"])
-        findings = [*self._codes(coded, names[0], rank), *self._scale(coded, largest, block, name, names[1], rank)]
-        findings += self._rounding(sums, name, names[0], rank) if self.method == ROUND_TO_NEAREST else []
-        return sums.deviation(), findings or self._noise(sums, name, names[0], rank)
+            _, error, half, _ = self._compared(coded, source, shared, block, start, stop)
+            sums.add(start, error.flatten(1), half.expand_as(error).flatten(1), self.limits["rounding"] * (1 + SLACK))
+        findings += self._rounding(totals, sums, name, names[0], rank) if nearest else []
+        return totals.deviation(), findings or self._noise(sums, name, names[0], rank)
+
+    def _compared(
+        self, coded: Coded, source: Tensor, shared: Tensor | None, block: int, start: int, stop: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output rows [start, stop): (u, error beyond the noise of a rotation, half steps, absmax tiles).
+
+        The first three are [rows, n, in/n], n the tiles that lie beside each other.
+        """
+        flat = self._u(source[start:stop], block)
+        tiles = bounds.absmax(flat, self.scheme) if shared is None else bounds.tile_rows(shared, self.scheme, start, stop)
+        u = bounds.runs(flat, tiles)
+        decoded = rotated_weight(bounds.coded_rows(coded, self.scheme, start, stop), self.scheme)
+        error = bounds.runs(decoded, tiles).sub_(u).abs_()
+        if block:
+            error.sub_(bounds.ROTATION_NOISE * tiles.amax()).clamp_(min=0)
+        return u, error, bounds.half_steps(u, bounds.spread(tiles, self.scheme, len(flat)), self.scheme), tiles
 
     def _codes(self, coded: Coded, tensor: str, rank: int) -> Iterator[Finding]:
-        if self.scheme.weight == "int4" and bool((coded.codes == -8).any()):
+        if self.scheme.weight == "int4" and int(coded.codes.min()) == -8:
             count = int((coded.codes == -8).sum())
             yield Finding(
                 check="weight codes", what=f"{count} codes are -8, which one consumer reads as 0", tensor=tensor, rank=rank,
@@ -153,16 +129,15 @@ class Judge:
         words = row_words(row * rows, (row + 1) * rows, shape[0] * rows, name)
         return f"{words}, inputs {column * group}-{(column + 1) * group - 1}" if group else words
 
-    def _rounding(self, sums: Sums, name: str, tensor: str, rank: int) -> Iterator[Finding]:
-        if sums.count:
-            out, inner = sums.rows.shape[1], sums.columns.shape[1]
-            share = sums.deviation()
-            yield Finding(
-                check="weight rounding", tensor=tensor, rank=rank, place=tile_words(sums.beyond, out, name),
-                what=f"{sums.count} of {out * inner} weights lie further from the source than rounding can put them",
-                expected=f"at most {self.limits['rounding']:g} half steps",
-                got=f"{share.peak:.3g}, rel-rms {share.rel_rms:.3g} where {share.bound:.3g} is the bound",
-            )  # fmt: skip
+    def _rounding(self, totals: Totals, sums: Sums, name: str, tensor: str, rank: int) -> Iterator[Finding]:
+        out, inner = sums.rows.shape[1], sums.columns.shape[1]
+        share = totals.deviation()
+        yield Finding(
+            check="weight rounding", tensor=tensor, rank=rank, place=tile_words(sums.beyond, out, name),
+            what=f"{sums.count} of {out * inner} weights lie further from the source than rounding can put them",
+            expected=f"at most {self.limits['rounding']:g} half steps",
+            got=f"{share.peak:.3g}, rel-rms {share.rel_rms:.3g} where {share.bound:.3g} is the bound",
+        )  # fmt: skip
 
     def _noise(self, sums: Sums, name: str, tensor: str, rank: int) -> list[Finding]:
         """The first of blocks, rows, columns, tensor whose rms error is beyond its limit."""

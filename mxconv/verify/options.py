@@ -30,7 +30,7 @@ class Options:
     limits: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     keep_decay: bool = False
     memory_bytes: int = 1 << 30
-    """For logits; hidden states and one expert of each side come on top."""
+    """An eighth of it is for blocks of logits; hidden states and one expert of each side are as large as the model makes them."""
     seed: int = 0
     hash_files: bool = False
     """Hash every file against the manifest too, which `mxconv check` does alone."""

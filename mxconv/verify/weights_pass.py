@@ -18,9 +18,10 @@ from mxconv.runtime import Weights
 from mxconv.runtime.coded import Coded
 from mxconv.runtime.loader import VOCABULARY_WEIGHTS, split_expert
 from mxconv.verify import parallel
+from mxconv.verify.deviations import Deviation
 from mxconv.verify.diagnosis import Diagnosis
 from mxconv.verify.findings import Finding, from_error
-from mxconv.verify.numerics import Deviation, Judge, equal_finding
+from mxconv.verify.numerics import Judge, equal_finding
 
 VOCABULARY_ROWS = 8192
 T = TypeVar("T")
@@ -172,9 +173,8 @@ class WeightsPass:
             if mine is None:
                 continue
             source = self._parts(self.source, layer, name, rank)
-            own = judge.tiles(source, projection) if largest is None else largest
             stored = self.artifact.stored(layer, name, rank)
-            deviation, findings = judge.weight(mine, source, own, projection, stored, rank)
+            deviation, findings = judge.weight(mine, source, largest, projection, stored, rank)
             self.outcome.measured.append(Measured(layer=layer, name=name, rank=rank, deviation=deviation))
             self._add(layer, name, rank, findings)
 

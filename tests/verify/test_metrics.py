@@ -66,7 +66,7 @@ def test_blocks_of_the_vocabulary_give_what_whole_logits_give(checkpoints: tuple
 
 
 def test_memory_decides_the_size_of_blocks() -> None:
-    assert block_rows(8192, 4, 1 << 30) == (1 << 30) // (8 * 8192 * 4)
+    assert block_rows(8192, 4, 1 << 30) == (1 << 30) // (4 * 8192 * 7)
     assert block_rows(8192, 4, 1) == 64
     assert block_rows(10, 1, 1 << 40) == 8192
 

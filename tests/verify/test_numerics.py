@@ -102,8 +102,9 @@ def _near_tie(weight: Tensor, scheme: Scheme, name: str, at: tuple[int, int]) ->
     """Whether the element lies within a hundredth of a step of the middle between two codes (or below the noise of a rotation)."""
     block = scheme.rotation[PROJECTION[name]]
     u = bounds.rotated(weight.float(), block)
-    largest = bounds.absmax(u, scheme)
-    half = bounds.half_steps(u, largest, scheme)[at]
+    tiles = bounds.absmax(u, scheme)
+    runs = bounds.runs(u, tiles)
+    half = bounds.half_steps(runs, bounds.spread(tiles, scheme, len(u)), scheme).expand_as(runs).flatten(1)[at]
     decoded = reference.decode(reference.encode(weight, scheme, PROJECTION[name]), scheme, PROJECTION[name])
     error = (bounds.rotated(decoded, block) - u).abs()[at]
     return bool(error > 0.95 * half) or bool(half < 4 * bounds.ROTATION_NOISE * u.abs().max())
@@ -142,7 +143,7 @@ def test_chunks_of_rows_see_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr("mxconv.verify.numerics.CHUNK_ELEMENTS", 128 * 512)
             many = whole.weight(coded, weight, whole.tiles(weight, "up_gate"), "up_gate", NAMES, 0)
-        assert one[0].rel_rms == pytest.approx(many[0].rel_rms, rel=1e-12)
+        assert one[0].rel_rms == pytest.approx(many[0].rel_rms, rel=1e-5)
         assert [finding.place for finding in one[1]] == [finding.place for finding in many[1]]
 
 
