@@ -92,7 +92,7 @@ class Pair:
 
 
 def block_rows(tokens: int, sides: int, memory_bytes: int) -> int:
-    """Vocabulary rows of a block, so that float32 logits of all sides and three more arrays of their size fit into `memory_bytes`."""
+    """Vocabulary rows of a block, so that float32 logits of all sides and three more arrays as large fit into `memory_bytes`."""
     return max(MIN_BLOCK, min(MAX_BLOCK, memory_bytes // (4 * tokens * (sides + 3))))
 
 

@@ -55,7 +55,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             Limit(
                 name="noise", value=1.5,
                 reason="rms error of a tensor in units of its rms half step, for methods that do not round to nearest: those "
-                "reach .58 (int4) and .42 (e4m3), a method that moves errors between weights up to twice that; an exchanged "
+                "reach .58, a method that moves errors between weights up to twice that; an exchanged "
                 "tensor 5 and more",
             ),
             Limit(
