@@ -31,10 +31,13 @@ def test_a_right_artifact(scheme: str | None, made: Callable[..., Path], small: 
             assert lanes[lane]["kl"]["mean"] == pytest.approx(metrics["kl"]["mean"], rel=0.1)
     if scheme is not None:
         worst: list[Any] = [report.section("numerics").figures["worst"] for report in (gpu, cpu)]
-        assert worst[0]["rel_rms"] == pytest.approx(worst[1]["rel_rms"], rel=1e-3)
+        assert worst[0]["rel_rms"] == pytest.approx(worst[1]["rel_rms"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["experts exchanged", "a group of codes off by one", "activation scale doubled", "rotation missing"])
+CAUGHT = ("experts exchanged", "a group of codes off by one", "activation scale doubled", "rotation missing")
+
+
+@pytest.mark.parametrize("name", CAUGHT)
 def test_a_mutant(name: str, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
     source = make_source(tmp_path / "source")
