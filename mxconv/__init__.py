@@ -23,6 +23,7 @@ _PUBLIC = {
     "VerifyOptions": ("mxconv.verify", "Options"),
     "build_plan": ("mxconv.plan", "build_plan"),
     "check_folder": ("mxconv.artifact", "check_folder"),
+    "compare": ("mxconv.comparison", "compare"),
     "convert_checkpoint": ("mxconv.execute", "convert"),
     "load": ("mxconv.runtime", "load"),
     "open_source": ("mxconv.source", "open_source"),

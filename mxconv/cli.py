@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "Measure activation scales for the static schemes, as a file."),
     "verify": ("verify", "Run an artifact against its source; exits 8 when it is wrong."),
     "check": ("check", "Check the integrity of an artifact or checkpoint against its manifest or headers."),
+    "diff": ("diff", "Compare two checkpoints or artifacts weight by weight, across layouts; exits 8 when they differ."),
     "generate": ("generate", "Generate text from a checkpoint or an artifact."),
     "demo": ("demo", "Inspect, quantize, verify and generate with the bundled model, in under a minute."),
     "completion": ("completion", "Print the shell completion script."),

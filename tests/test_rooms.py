@@ -19,7 +19,7 @@ LEVELS = {
     "quantize": 3, "runtime": 3, "artifact": 3, "text": 3, "chat": 3, "meter": 3,
     "source": 4, "plan": 4, "calibrate": 4, "settings": 4,
     "execute": 5,
-    "verify": 6, "inspection": 6,
+    "verify": 6, "inspection": 6, "comparison": 6,
     "console": 6, "completion": 6, "demo": 7, "commands": 8, "cli": 9, "__main__": 10, "__init__": 10,
 }  # fmt: skip
 # The judge and what it judges do not share code.

@@ -34,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_command_and_imports_none() -> None:
     result = mxconv("--help")
     assert result.returncode == 0
-    for word in ("inspect", "convert", "quantize", "calibrate", "verify", "check", "generate", "demo", "completion", "Exit codes"):
+    for word in ("inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "demo", "completion", "Exit codes"):
         assert word in result.stdout
     code = (
         "import sys; from mxconv.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
@@ -44,7 +44,7 @@ def test_help_names_every_command_and_imports_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "convert", "quantize", "calibrate", "verify", "check", "generate", "demo", "completion"]
+    "command", ["inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "demo", "completion"]
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = mxconv(command, "--help")
