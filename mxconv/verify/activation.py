@@ -7,6 +7,7 @@ it; experts that see no token are held to the largest absmax of their layer, whi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError
+from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable
+from mxconv.jsonfiles import read_regular
 from mxconv.progress import Progress
 from mxconv.quantize.schemes import Scheme
 from mxconv.runtime import Model, Weights
@@ -25,6 +27,7 @@ from mxconv.verify.limits import Limits
 
 TOKENS_NAME = "calibration.npy"
 CHECK = "activation scales"
+MAX_IDS_BYTES = 1 << 30
 
 Key = tuple[int, str]
 """(layer, logical name)."""
@@ -35,17 +38,26 @@ Stored = Mapping[Key, Sequence[float]]
 def recorded_tokens(root: Path, vocabulary: int) -> np.ndarray:
     """int64 [N, T]: the ids that the artifact in `root` was calibrated on. Raises IncompleteInput or MalformedInput."""
     path = root / TOKENS_NAME
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except OSError:
-        raise IncompleteInput(f"there is no {TOKENS_NAME}: which tokens the scales come from is not recorded", where=path) from None
-    except ValueError as error:
-        raise MalformedInput(f"not a .npy file of token ids: {error}", where=path) from None
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
+    if not path.exists():
+        raise IncompleteInput(f"there is no {TOKENS_NAME}: which tokens the scales come from is not recorded", where=path)
+    ids = read_ids(path)
+    if ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
         raise MalformedInput("not token ids", where=path, expected="integers [windows, tokens]")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise MalformedInput("a token id is outside the vocabulary", where=path, expected=f"0 … {vocabulary - 1}")
     return ids.astype(np.int64)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """The array in a .npy file. Raises IncompleteInput or MalformedInput; nothing is unpickled."""
+    content = read_regular(path, MAX_IDS_BYTES)
+    try:
+        values = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, OSError, SyntaxError) as error:  # whatever a broken header makes of itself
+        raise MalformedInput(f"not a .npy file of numbers: {printable(error)}", where=path) from None
+    if not isinstance(values, np.ndarray):
+        raise MalformedInput("not a .npy file", where=path)
+    return values
 
 
 class Gathering:

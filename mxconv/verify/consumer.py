@@ -50,6 +50,17 @@ def fastdeploy_rules(config: Mapping[str, Any], scheme: Scheme | None) -> Iterat
         yield from _rule(stated, key, wanted, f"scheme {scheme.name} is loaded by it", "quantization_config.")
 
 
+def consumer_warnings(block: Mapping[str, Any]) -> Iterator[str]:
+    """What this consumer does otherwise than the runtime, for an artifact with this `mxconv` block."""
+    if block.get("layout") != "fastdeploy":
+        return
+    if block.get("slopes"):
+        yield "decay rates are kept in the mxconv block, which the consumer of this layout ignores: it would serve another model"
+    if block.get("ignored_layers"):
+        kept = block["ignored_layers"]
+        yield f"layers {kept} keep their experts unquantized; the consumer of this layout does not load such a mixture"
+
+
 def _rule(values: Mapping[str, Any], key: str, wanted: object, reason: str, prefix: str = "") -> Iterator[Finding]:
     found = values.get(key, _ABSENT)
     if found is wanted or (found == wanted and type(found) is type(wanted)):

@@ -13,7 +13,7 @@ from mxconv.calibrate.tokens import check_ids, read_text, tokens_digest
 from mxconv.data import evaluation_text
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, UsageError
 from mxconv.text import Tokenizer, cut_windows
-from mxconv.verify.activation import recorded_tokens
+from mxconv.verify.activation import read_ids, recorded_tokens
 from mxconv.verify.options import Options
 
 
@@ -70,15 +70,7 @@ def _tokenizer(folders: tuple[Path | None, ...]) -> Tokenizer | None:
 
 
 def _from_file(path: Path, vocabulary: int, options: Options) -> np.ndarray:
-    try:
-        stored = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise IncompleteInput(f"cannot read the ids: {error.strerror or error}", where=path) from None
-    except ValueError as error:
-        raise MalformedInput(f"not a .npy file of numbers: {error}", where=path) from None
-    if not isinstance(stored, np.ndarray):
-        raise MalformedInput("not a .npy file", where=path)
-    ids = check_ids(stored, vocabulary, str(path), options.window)
+    ids = check_ids(read_ids(path), vocabulary, str(path), options.window)
     if ids.shape[1] < 2:
         raise UsageError("windows must have at least two tokens", where=path, got=ids.shape[1])
     return ids.astype(np.int64)

@@ -18,7 +18,7 @@ from mxconv.quantize.schemes import Scheme, scheme_from_block
 from mxconv.runtime import Weights, open_weights
 from mxconv.verify import serving, structure
 from mxconv.verify.activation import check_scales
-from mxconv.verify.consumer import fastdeploy_rules
+from mxconv.verify.consumer import consumer_warnings, fastdeploy_rules
 from mxconv.verify.findings import Finding, Section, from_error, skipped, status_of
 from mxconv.verify.limits import Limits
 from mxconv.verify.logits import LogitsOutcome, SourceSide, artifact_lanes, kept_reference, run_logits
@@ -140,7 +140,8 @@ class _Run:
         origin = self.subject.manifest.body.get("source")
         if source is not None:
             kept = origin.get("config") if isinstance(origin, dict) else None
-            served.findings += structure.look_at_config(config, source, kept)
+            served.findings += structure.look_at_config(config, source, kept if isinstance(kept, dict) else None)
+        served.warnings += consumer_warnings(block)
         text = serving.look_at_text(self.subject.root, self.options.source, config)
         for name in ("findings", "warnings", "lines"):
             getattr(served, name).extend(getattr(text, name))

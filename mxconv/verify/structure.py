@@ -106,6 +106,9 @@ def look_at_tensors(weights: Weights, ranks: list[Shards]) -> Iterator[Finding]:
         return
     block = weights.config.artifact or {}
     ignored = block.get("ignored_layers", [])
+    if not isinstance(ignored, list):
+        yield Finding(check="config", what="is no list of layers", key="mxconv.ignored_layers", got=repr(ignored))
+        return
     for layer in range(weights.config.num_layers):
         experts = [name for name in weights.names(layer) if name.startswith("experts.")]
         for rank in range(weights.tp):

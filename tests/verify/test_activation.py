@@ -83,7 +83,10 @@ def test_without_the_recorded_tokens_nothing_vouches_for_the_scales(
     assert finding.check == "activation scales" and "calibration.npy" in finding.render()
 
 
-@pytest.mark.parametrize("values", [np.ones((2, 3)), np.ones(4, dtype=np.int64), np.full((1, 3), 128), np.full((1, 3), -1), "text"])
+NO_TOKENS = [np.ones((2, 3)), np.ones(4, dtype=np.int64), np.full((1, 3), 128), np.full((1, 3), -1), "text", ""]
+
+
+@pytest.mark.parametrize("values", NO_TOKENS)
 def test_recordings_that_are_no_tokens(values: Any, tmp_path: Path) -> None:
     path = tmp_path / "calibration.npy"
     if isinstance(values, str):

@@ -99,7 +99,11 @@ def test_one_code_one_step_off_is_named_with_its_block(
 
 
 def _near_tie(weight: Tensor, scheme: Scheme, name: str, at: tuple[int, int]) -> bool:
-    """Whether the element lies within a hundredth of a step of the middle between two codes (or below the noise of a rotation)."""
+    """Whether a neighbouring code is as near as rounding may leave it.
+
+    The element lies in the middle between two codes, or just above a power of two, below which e4m3 codes lie half as far apart,
+    or all of it is below the noise of a rotation.
+    """
     block = scheme.rotation[PROJECTION[name]]
     u = bounds.rotated(weight.float(), block)
     tiles = bounds.absmax(u, scheme)
@@ -107,7 +111,9 @@ def _near_tie(weight: Tensor, scheme: Scheme, name: str, at: tuple[int, int]) ->
     half = bounds.half_steps(runs, bounds.spread(tiles, scheme, len(u)), scheme).expand_as(runs).flatten(1)[at]
     decoded = reference.decode(reference.encode(weight, scheme, PROJECTION[name]), scheme, PROJECTION[name])
     error = (bounds.rotated(decoded, block) - u).abs()[at]
-    return bool(error > 0.95 * half) or bool(half < 4 * bounds.ROTATION_NOISE * u.abs().max())
+    x = u[at].abs() / half
+    above_power = scheme.weight == "e4m3" and bool(16 <= x < 16.1)
+    return bool(error > 0.95 * half) or above_power or bool(half < 4 * bounds.ROTATION_NOISE * u.abs().max())
 
 
 @pytest.mark.parametrize("scheme", SCHEME_LIST, ids=lambda s: f"{s.name}-{s.granularity}-{s.group_size}")

@@ -214,3 +214,29 @@ def test_experts_kept_on_purpose(small: Path, tmp_path: Path) -> None:
     quantize(small, tmp_path / "out", scheme="w4afp8", tp=2, ignore=["model.layers.1.*"])
     report = verify(tmp_path / "out", Options(source=small, windows=2, window=64))
     assert report.ok, words(report)
+    assert any("layers [1]" in text for text in report.section("structure").warnings)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"ignored_layers": 3}, {"scheme": 7}, {"tp": "two"}, {"layout": ["x"]}, {"rotation": None}, {"slopes": [1]},
+        {"slopes": {"0": 5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_block_that_makes_no_sense_is_a_finding(block: dict[str, Any], artifact: Path, small: Path) -> None:
+    config = json.loads((artifact / "config.json").read_text())
+    config["mxconv"] |= block
+    (artifact / "config.json").write_text(json.dumps(config))
+    seal(artifact)
+    report = looked(artifact, small)
+    assert report.exit_code == 8 and report.section("structure").status == "FAIL"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "minimax_m1"}'])
+def test_a_config_that_cannot_be_read_is_a_finding(content: str, artifact: Path, small: Path) -> None:
+    (artifact / "config.json").write_text(content)
+    seal(artifact)
+    report = looked(artifact, small)
+    assert report.exit_code == 8 and "config" in {finding.check for finding in report.findings}
