@@ -129,8 +129,8 @@ class FeedForward:
         expert, rows, weight = route
         pair = self.experts.pair(f"experts.{expert}", rank)
         observe = None if observer is None else lambda name, x: observer(expert, name, x)
-        if rows is None:
-            y.add_(gated(pair, tokens, activations, observe), alpha=weight)
+        if rows is None or not isinstance(weight, Tensor):
+            y.add_(gated(pair, tokens, activations, observe), alpha=float(weight))
             return
         for start, part in zip(range(0, len(rows), CHUNK_TOKENS), rows.split(CHUNK_TOKENS), strict=True):
             out = gated(pair, tokens.index_select(0, part), activations, observe)
