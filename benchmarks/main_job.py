@@ -39,10 +39,11 @@ def job(model: Path, scheme: str, tp: int, work: Path) -> dict[str, Any]:
     if code:
         raise SystemExit(f"quantize {model} {scheme} exited {code}")
     verified, document, verify_seconds, verify_memory = run("verify", out, "--source", model, "--json")
-    figures = json.loads(document)["sections"]["logits"]["figures"]
+    lane = json.loads(document)["sections"]["logits"]["figures"]["lanes"]["as served"]
     return {
         "scheme": scheme, "tp": tp, "quantize_seconds": seconds, "quantize_rss": memory, "verify_seconds": verify_seconds,
-        "verify_rss": verify_memory, "verify_exit": verified, "logits": figures,
+        "verify_rss": verify_memory, "verify_exit": verified, "kl": lane["kl"]["mean"], "kl_99": lane["kl"]["quantiles"]["99%"],
+        "top1": lane["top1"]["mean"], "perplexity_change": lane["perplexity_change"]["mean"],
     }  # fmt: skip
 
 
@@ -90,12 +91,15 @@ def main() -> None:
             if a.expected and (a.expected / f"{name}-expected.npz").exists():
                 entry["runtime"] = runtime_error(Path(path), a.expected / f"{name}-expected.npz")
                 print(name, " ".join(f"{key} {value:.2e}" for key, value in entry["runtime"].items()))
+            print("| model | scheme | tp | KL | KL 99 % | top-1 | Δppl | quantize | verify | exit |\n" + "|---" * 10 + "|")
             for scheme in SCHEMES:
                 row = job(Path(path), scheme, LARGEST_TP.get(name, 2), Path(folder))
                 entry["schemes"].append(row)
                 print(
-                    f"{name:8} {scheme:16} tp {row['tp']} quantize {row['quantize_seconds']:.1f} s {row['quantize_rss'] >> 20} MiB, "
-                    f"verify {row['verify_seconds']:.1f} s {row['verify_rss'] >> 20} MiB exit {row['verify_exit']}, {row['logits']}"
+                    f"| {name} | `{scheme}` | {row['tp']} | {row['kl']:.2e} | {row['kl_99']:.3f} | {100 * row['top1']:.1f} % | "
+                    f"{100 * row['perplexity_change']:+.2f} % | {row['quantize_seconds']:.1f} s, {row['quantize_rss'] >> 20} MiB | "
+                    f"{row['verify_seconds']:.1f} s, {row['verify_rss'] >> 20} MiB | {row['verify_exit']} |",
+                    flush=True,
                 )
             report["models"][name] = entry
     if a.json:

@@ -154,14 +154,8 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """The whole plan as JSON values, in a fixed order; `digest` is the SHA-256 of its canonical text."""
-        return plan_document(
-            numerics=self.numerics,
-            layout=self.layout,
-            tp=len(self.rank_files),
-            files=self.files,
-            units=self.units,
-            config=self.config,
-        )
+        placement = placement_document(self.layout, len(self.rank_files), self.files)
+        return plan_document(numerics=self.numerics, placement=placement, units=self.units, config=self.config)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -195,19 +189,13 @@ def unit_document(unit: Unit) -> dict[str, Any]:
 
 
 def plan_document(
-    *,
-    numerics: Mapping[str, Any],
-    layout: str,
-    tp: int,
-    files: Sequence[PlacedFile],
-    units: Sequence[Unit],
-    config: Mapping[str, Any],
+    *, numerics: Mapping[str, Any], placement: Mapping[str, Any], units: Sequence[Unit], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The canonical JSON document of a plan (`Plan.document`)."""
     return {
         "version": PLAN_VERSION,
         "numerics": dict(numerics),
-        "placement": placement_document(layout, tp, files),
+        "placement": dict(placement),
         "config": dict(config),
         "units": [unit_document(unit) for unit in units],
     }
