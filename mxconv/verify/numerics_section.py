@@ -20,7 +20,7 @@ def numerics_section(outcome: Outcome, limits: Limits, factor: float | None) -> 
     figures: dict[str, object] = {"weights": outcome.weights, "activation_factor": factor}
     quantized = {(measured.layer, measured.name) for measured in outcome.measured}
     lines = [f"{outcome.weights:,} weights in every rank, of which {len(quantized):,} quantized"]
-    summary, limit = "every weight equal to its source, bit for bit", "exact"
+    summary, limit = "every weight equal to its source, bit for bit", ""
     if outcome.numerics:
         summary = f"{len(outcome.numerics):,} findings in {outcome.weights:,} weights"
     if outcome.measured:
