@@ -224,7 +224,14 @@ def _unexpected(where: str) -> IncompleteInput:
 
 def _spec_problems(container: Container, spec: TensorSpec, where: str) -> list[MxconvError]:
     problems: list[MxconvError] = []
-    if spec.shape != container.shape:
+    if _only_experts_differ(container, spec.shape):
+        problems.append(
+            IncompleteInput(
+                "tensor is for another number of experts than the config says", where=where, expected=list(container.shape),
+                got=list(spec.shape),
+            )
+        )  # fmt: skip
+    elif spec.shape != container.shape:
         problems.append(
             MalformedInput(
                 "tensor has another shape than the config says", where=where, expected=list(container.shape), got=list(spec.shape)
@@ -235,6 +242,14 @@ def _spec_problems(container: Container, spec: TensorSpec, where: str) -> list[M
             MalformedInput("weight has a dtype that is no weight's", where=where, expected="BF16, F16, F32 or F64", got=spec.dtype)
         )
     return problems
+
+
+def _only_experts_differ(container: Container, shape: tuple[int, ...]) -> bool:
+    """A router or a stack of experts that is right but for how many there are: the checkpoint is not this config's, not broken."""
+    if len(shape) != len(container.shape) or shape == container.shape:
+        return False
+    sizes = zip(shape, container.shape, container.dims, strict=True)
+    return all(dims == (STACK,) for stored, wanted, dims in sizes if stored != wanted)
 
 
 def _missing(table: Table, config: ModelConfig, params: Sequence[Parameter], rank: int, ranks: int) -> list[MxconvError]:

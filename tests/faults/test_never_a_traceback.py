@@ -1,0 +1,137 @@
+"""Mutated configs, indexes and manifests through the command line: always an answer, never a traceback, never a wrong yes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+
+from mxconv.checkpoint import read_shards
+from mxconv.execute import convert, quantize
+from tests.checkpoint.raw import write_sharded
+from tests.faults.inprocess import run
+from tests.synthetic import make_checkpoint
+
+INDEX = "model.safetensors.index.json"
+# What a value may be replaced by: other types, edges of ranges, and what breaks arithmetic further on.
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2, 3, 7, 1 << 31, 1 << 62, 1 << 200, -(1 << 63), 0.0, -0.0, 0.5, 1e-320, 1e308, float("nan"),
+    float("inf"), "", "a", "../x", "\x1b[31m", "\ud800", "128", [], [0], [[]], [None], {}, {"a": 1}, [1] * 300, "x" * 5000,
+)  # fmt: skip
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """`value` with a few places changed, removed, doubled or exchanged."""
+    value = copy.deepcopy(value)
+    for _ in range(draw.randrange(1, 4)):
+        _mutate(value, draw)
+    return value
+
+
+def _mutate(value: Any, draw: random.Random) -> None:
+    holder = value
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        if not keys:
+            return
+        key = draw.choice(keys)
+        inner = holder[key]
+        if isinstance(inner, dict | list) and inner and draw.random() < 0.6:
+            holder = inner
+            continue
+        kind = draw.randrange(4)
+        if kind == 0 and isinstance(holder, dict):
+            del holder[key]
+        elif kind == 1:
+            holder[key] = holder[draw.choice(keys)]
+        elif kind == 2 and isinstance(holder, dict):
+            holder[draw.choice(["mxconv", "auto_map", "rope_parameters", "quantization_config", "x", "dtype"])] = draw.choice(VALUES)
+        else:
+            holder[key] = draw.choice(VALUES)
+        return
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    shape: dict[str, Any] = {"hidden": 128, "intermediate": 128, "layers": "ls", "experts": 2, "vocab": 64}
+    made = {"m1": make_checkpoint(root / "m1", **shape), "minimax": make_checkpoint(root / "minimax", **shape, dialect="minimax")}
+    convert(made["m1"], root / "converted", tp=2)
+    quantize(made["m1"], root / "quantized")
+    return {**made, "converted": root / "converted", "quantized": root / "quantized"}
+
+
+COMMANDS = {
+    "m1": (("inspect", "{0}"), ("check", "{0}"), ("quantize", "{0}", "{1}", "--dry-run"), ("convert", "{0}", "{1}", "--dry-run")),
+    "converted": (("inspect", "{0}"), ("check", "{0}"), ("convert", "{0}", "{1}", "--dry-run"), ("diff", "{0}", "{0}")),
+    "quantized": (("inspect", "{0}"), ("check", "{0}"), ("convert", "{0}", "{1}", "--dry-run"), ("diff", "{0}", "{0}")),
+}
+COMMANDS["minimax"] = COMMANDS["m1"]
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("file", ["config.json", INDEX, "manifest.json"])
+def test_mutated_files_end_in_an_answer(count: int, file: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    draw = random.Random(f"{file} {count}")
+    kinds = [kind for kind, root in folders.items() if (root / file).exists()]
+    copies = {kind: Path(shutil.copytree(folders[kind], tmp_path / kind)) for kind in kinds}
+    codes: dict[int, int] = {}
+    for _ in range(count // 3):
+        kind = draw.choice(kinds)
+        path = copies[kind] / file
+        right = path.read_bytes()
+        text = json.dumps(mutated(json.loads(right), draw))
+        if draw.random() < 0.2:  # broken as text, too
+            at = draw.randrange(len(text))
+            text = text[:at] + draw.choice(["", "{", '"', "]", "\\u", "1e999", "\x00", "[" * 5000]) + text[at + draw.randrange(3) :]
+        path.write_text(text)
+        command = [word.format(copies[kind], tmp_path / "out") for word in draw.choice(COMMANDS[kind])]
+        result = run(*command)
+        codes[result.code] = codes.get(result.code, 0) + 1
+        assert result.code in (0, 2, 3, 4, 7, 8), (command, text, result.err)
+        assert "Traceback" not in result.err and "a bug in mxconv" not in result.err
+        assert all(c.isprintable() or c == "\n" for c in result.out + result.err), (command, text)
+        path.write_bytes(right)
+    assert len(codes) > 1
+
+
+@pytest.mark.parametrize("count", [1_500, pytest.param(100_000, marks=pytest.mark.thorough)])
+def test_mutated_indexes_end_in_an_answer_that_the_package_shares(count: int, tmp_path: Path) -> None:
+    """What is accepted names, for each tensor, a file of the folder in which the safetensors package finds it."""
+    files = {"model-1.safetensors": {"a": b"12", "b": b"3"}, "model-2.safetensors": {"c": b"456"}}
+    folder = write_sharded(tmp_path, files)
+    right = (folder / INDEX).read_bytes()
+    draw, accepted = random.Random(77), 0
+    swaps = [b"../", b"/", b"\\u0000", b"\\", b'"', b"{", b"}", b"[", b"null", b"a", b"model-2", b"model-1", b".", b"0", b"\xff", b","]
+    for _ in range(count):
+        data = bytearray(right)
+        for _ in range(draw.randrange(1, 4)):
+            at = draw.randrange(len(data))
+            kind = draw.randrange(4)
+            if kind == 0:
+                data[at] ^= 1 << draw.randrange(8)
+            elif kind == 1:
+                del data[at : at + draw.randrange(1, 8)]
+            elif kind == 2:
+                data[at:at] = draw.choice(swaps)
+            else:
+                data[at:at] = data[max(0, at - draw.randrange(1, 30)) : at]
+            if not data:
+                data = bytearray(b"{")
+        (folder / INDEX).write_bytes(data)
+        shards = read_shards(folder)
+        codes = {problem.exit_code for problem in shards.problems}
+        assert codes <= {3, 4}
+        if codes or not shards.present:
+            continue
+        accepted += 1
+        assert json.loads(bytes(data))["weight_map"] == shards.index
+        for name, file in (shards.index or {}).items():
+            assert name in dict(safetensors.deserialize((folder / file).read_bytes()))
+    assert 0 < accepted < count
