@@ -73,8 +73,10 @@ class Report:
 
     def render(self, console: Sink, *, details: bool = True) -> None:
         """The table, then, with `details`, each section's lines; warnings and findings always."""
-        limits = [f"limit {section.limit}" if section.limit else "" for section in self.sections]
-        rows = [(section.name, section.summary, section.status, limit) for section, limit in zip(self.sections, limits, strict=True)]
+        rows = [
+            (section.name, section.summary, section.status, f"limit {section.limit}" if section.limit else "")
+            for section in self.sections
+        ]
         console.table(None, ("", "", "", ""), rows)
         for section in self.sections:
             body = [*(section.lines if details else ()), *(f"warn: {text}" for text in section.warnings)]
