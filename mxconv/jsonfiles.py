@@ -52,8 +52,14 @@ def read_json(path: Path) -> Any:
     """
     text = read_regular(path)
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        if b"\\ud" in text or b"\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text that UTF-8 can hold
+        return value
     except RecursionError:
         raise MalformedInput("JSON is nested too deeply", where=path) from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.end])
+        raise MalformedInput("a string holds half of a surrogate pair, which is no Unicode text", where=path, got=half) from None
     except ValueError as error:
         raise MalformedInput(f"not valid JSON: {error}", where=path) from None

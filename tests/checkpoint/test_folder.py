@@ -111,7 +111,7 @@ BAD_PATHS = [
     "../x.safetensors", "a/../../x.safetensors", "/etc/passwd", "//x", "", ".", "..", "./x.safetensors", "a//b", "a/",
     "~/x", "~root/x",
     "C:\\x", "C:/x", "..\\x", "a\\..\\x", "\\\\host\\share", "x\0y", "x\ny", "x\x1b[31m", "x\u202ey", "a" * 2000, "%2e%2e/../x",
-    "a/./b", "a/..", "../../../../../../etc/shadow", "/", "\ud800",
+    "a/./b", "a/..", "../../../../../../etc/shadow", "/",
 ]  # fmt: skip
 
 
@@ -130,6 +130,9 @@ def test_bad_path_in_weight_map(value: object, tmp_path: Path) -> None:
     [
         ("", 3), ("[]", 3), ("{}", 3), ('{"weight_map":[]}', 3), ('{"weight_map":{}}', 4), ('{"weight_map":{"a":"b","a":"c"}}', 3),
         ("[" * 200_000, 3), ('{"metadata":3,"weight_map":{"a":"x"}}', 3), ('{"weight_map":{"a\\u001b":"x"}}', 3), ("{\xff", 3),
+        ('{"weight_map":{"a":"\\ud800"}}', 3),
+        ('{"weight_map":{"\\udfff":"a"}}', 3),
+        ('{"metadata":{"x":"\\uD812"},"weight_map":{"a":"b"}}', 3),
     ],
 )  # fmt: skip
 def test_bad_index(text: str, code: int, tmp_path: Path) -> None:

@@ -76,24 +76,27 @@ def index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], object
     return spoil
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], object], name: str = SECOND, *, indexed: bool = True) -> Callable[[Path], object]:
-    """Change the tensors of a shard, and the index with them unless it is meant to disagree."""
+def tensors(change: Callable[[dict[str, torch.Tensor]], object], name: str = SECOND) -> Callable[[Path], object]:
+    """Change the tensors of a shard, and the index with them."""
 
     def spoil(root: Path) -> None:
         held = load_file(root / name)
         change(held)
         save_file(held, root / name, metadata={"format": "pt"})
-        if indexed:
-            document = json.loads((root / INDEX).read_text())
-            others = {key: file for key, file in document["weight_map"].items() if file != name}
-            document["weight_map"] = {**others, **dict.fromkeys(held, name)}
-            (root / INDEX).write_text(json.dumps(document))
+        document = json.loads((root / INDEX).read_text())
+        others = {key: file for key, file in document["weight_map"].items() if file != name}
+        document["weight_map"] = {**others, **dict.fromkeys(held, name)}
+        (root / INDEX).write_text(json.dumps(document))
 
     return spoil
 
 
 def config(**keys: Any) -> Callable[[Path], object]:
     return lambda root: (root / "config.json").write_text(json.dumps(json.loads((root / "config.json").read_text()) | keys))
+
+
+def resized(root: Path, by: int) -> None:
+    os.truncate(root / SECOND, (root / SECOND).stat().st_size + by)
 
 
 def linked_out(root: Path) -> None:
@@ -163,8 +166,8 @@ ROWS: dict[str, Row] = {
     "HTML page": Row(content(b"<!DOCTYPE html><html>404</html>" + b" " * 99), 3, ("an HTML page", SECOND)),
     "pickle zip": Row(content(b"PK\x03\x04" + b"\0" * 99), 3, ("zip archive", "never unpickled")),
     "GGUF": Row(content(b"GGUF\x03" + b"\0" * 99), 3, ("GGUF",)),
-    "truncated": Row(lambda root: os.truncate(root / SECOND, (root / SECOND).stat().st_size - 7), 4, ("truncated", "expected", "got")),
-    "trailing bytes": Row(lambda root: (root / SECOND).open("ab").write(b"\0" * 3), 4, ("bytes trail", "expected", "got")),
+    "truncated": Row(lambda root: resized(root, -7), 4, ("truncated", "expected", "got")),
+    "trailing bytes": Row(lambda root: resized(root, 3), 4, ("bytes trail", "expected", "got")),
     "empty": Row(content(b""), 4, ("file is empty",)),
     "all zero": Row(content(b"\0" * 5000), 4, ("zeros", "5000 bytes")),
     "header length 2^63": Row(header({"a": A}, 4, 1 << 63), 3, ("header length", "9223372036854775808")),
@@ -262,7 +265,7 @@ def test_row(case: str, made: Path, tmp_path: Path) -> None:
     for number, arguments in enumerate(row.commands):
         out = tmp_path / f"out{number}"
         names = {"{source}": str(source), "{out}": str(out), "{made}": str(made)}
-        result = run(*(re.sub(r"\{\w+\}", lambda found: names[found[0]], word) for word in arguments))
+        result = run(*(re.sub(r"\{\w+\}", lambda found, names=names: names[found[0]], word) for word in arguments))
         said = result.out + result.err
         assert result.code == row.code, (arguments, said)
         for word in row.words:

@@ -1,4 +1,4 @@
-"""`mxconv check`: seeded corruptions of real artifacts, of every kind, all found and each named; and the command as a user runs it."""
+"""`mxconv check`: seeded corruptions of real artifacts, of every kind, all found and each named; and the command itself."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def swap(target: Target, draw: random.Random) -> tuple[str, ...]:
 
 
 def delete(target: Target, draw: random.Random) -> tuple[str, ...]:
-    """A file; not the manifest of a rebuilt checkpoint, which without it is a checkpoint like any other (`check --manifest` tells)."""
+    """A file; not the manifest of a rebuilt checkpoint, which without it is one like any other (`check --expect` still tells)."""
     path = draw.choice(sorted(target.bytes))
     if path == "manifest.json" and b'"mxconv"' not in target.bytes["config.json"]:
         return ()

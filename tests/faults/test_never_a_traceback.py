@@ -25,6 +25,8 @@ VALUES: tuple[Any, ...] = (
     float("inf"), "", "a", "../x", "\x1b[31m", "\ud800", "128", [], [0], [[]], [None], {}, {"a": 1}, [1] * 300, "x" * 5000,
 )  # fmt: skip
 
+KEYS = ("mxconv", "auto_map", "rope_parameters", "quantization_config", "x", "dtype")
+
 
 def mutated(value: Any, draw: random.Random) -> Any:
     """`value` with a few places changed, removed, doubled or exchanged."""
@@ -49,11 +51,11 @@ def _mutate(value: Any, draw: random.Random) -> None:
         if kind == 0 and isinstance(holder, dict):
             del holder[key]
         elif kind == 1:
-            holder[key] = holder[draw.choice(keys)]
+            holder[key] = copy.deepcopy(holder[draw.choice(keys)])
         elif kind == 2 and isinstance(holder, dict):
-            holder[draw.choice(["mxconv", "auto_map", "rope_parameters", "quantization_config", "x", "dtype"])] = draw.choice(VALUES)
+            holder[draw.choice(KEYS)] = copy.deepcopy(draw.choice(VALUES))
         else:
-            holder[key] = draw.choice(VALUES)
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
         return
 
 
@@ -108,7 +110,7 @@ def test_mutated_indexes_end_in_an_answer_that_the_package_shares(count: int, tm
     folder = write_sharded(tmp_path, files)
     right = (folder / INDEX).read_bytes()
     draw, accepted = random.Random(77), 0
-    swaps = [b"../", b"/", b"\\u0000", b"\\", b'"', b"{", b"}", b"[", b"null", b"a", b"model-2", b"model-1", b".", b"0", b"\xff", b","]
+    swaps = b'../ / \\u0000 \\ " { } [ null a model-2 model-1 . 0 \xff ,'.split()
     for _ in range(count):
         data = bytearray(right)
         for _ in range(draw.randrange(1, 4)):
