@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,17 @@ def publish(
     sidecars: Mapping[str, bytes | Path],
     config: bytes,
     manifest: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Wait for the shards, write everything else, and make the folder an artifact; its manifest.
 
     `indexes` and `sidecars` map paths below the artifact to bytes, or to source files that are copied; `config` is config.json;
-    `manifest` holds the planner's keys (see `artifact.manifest`). Under `--overwrite` the finished folder then takes the place of
+    `manifest` holds the planner's keys (see `artifact.manifest`); `check` is called while shards are waited for and may raise to
+    end the run. Under `--overwrite` the finished folder then takes the place of
     the old one. Raises ResourceError when the disk gives out; the run can be resumed at any point.
     """
     work, plan = writer.output.work, writer.output.plan_digest
-    facts = {file.path: _shard_fact(file, hashes) for file, hashes in zip(writer.files, writer.finish().values(), strict=True)}
+    facts = {file.path: _shard_fact(file, hashes) for file, hashes in zip(writer.files, writer.finish(check).values(), strict=True)}
     for step, small in (("small", indexes), ("small", sidecars), ("config", {CONFIG_NAME: config})):
         for path, content in small.items():
             data = content if isinstance(content, bytes) else read_sidecar(content)

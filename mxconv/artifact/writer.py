@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from itertools import combinations
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -31,6 +31,7 @@ from mxconv.progress import SILENT, Progress
 from mxconv.tensors import intersect
 
 FINISHERS = 2
+CHECK_SECONDS = 0.2
 
 
 class ArtifactWriter:
@@ -124,13 +125,20 @@ class ArtifactWriter:
         with self._lock:
             return self._facts[unit]
 
-    def finish(self) -> Mapping[str, FileHash]:
-        """Wait until every file stands under its final name; their hashes by path. MxconvError when a unit was not committed."""
+    def finish(self, check: Callable[[], None] = lambda: None) -> Mapping[str, FileHash]:
+        """Wait until every file stands under its final name; their hashes by path. MxconvError when a unit was not committed.
+
+        `check` is called several times a second while files are still hashed, and may raise to end the run.
+        """
         missing = sorted(self._units.keys() - self._facts.keys())
         if missing:
             raise MxconvError(f"{len(missing)} units were not committed", where=missing[0])
-        for future in self._finishing.values():
-            future.result()
+        waiting: set[Future[None]] = set(self._finishing.values())
+        while waiting:
+            check()
+            done, waiting = wait(waiting, timeout=CHECK_SECONDS, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
         self._journal.sync()
         return MappingProxyType({self.files[number].path: self._hashes[number] for number in range(len(self.files))})
 

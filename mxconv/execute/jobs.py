@@ -14,7 +14,8 @@ from mxconv.calibrate import FILE_NAME, TOKENS_NAME, Statistics, read_statistics
 from mxconv.calibrate.tokens import load_tokens, tokens_digest
 from mxconv.errors import MalformedInput, MxconvError, NumericError, UsageError
 from mxconv.execute.reading import Findings, SourceReader
-from mxconv.execute.run import RunOptions, RunResult, StatisticsMaker, Stop, run_plan
+from mxconv.execute.run import RunOptions, RunResult, StatisticsMaker, run_plan
+from mxconv.execute.stopping import Stop
 from mxconv.plan import Plan, Request, build_plan
 from mxconv.progress import SILENT, Progress
 from mxconv.source import Source, open_source

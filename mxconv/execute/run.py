@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -20,13 +18,14 @@ from typing import Any, Protocol
 
 from mxconv.artifact import ArtifactWriter, Manifest, Output, Region, append_run_log, check_artifact, open_output, publish
 from mxconv.calibrate import Statistics
-from mxconv.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, ResourceError
+from mxconv.errors import Interrupted, ResourceError
 from mxconv.execute.checking import run_check_decay, run_check_tied, run_decay
 from mxconv.execute.copying import run_copy
 from mxconv.execute.job import Done, Job
 from mxconv.execute.manifest_facts import manifest_facts
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.execute.sidecars import config_bytes, index_files, sidecars
+from mxconv.execute.stopping import Stop, Watched, catching_signals
 from mxconv.plan.values import Op, Plan, Unit
 from mxconv.progress import SILENT, Progress
 from mxconv.source import Source
@@ -65,53 +64,6 @@ class StatisticsMaker(Protocol):
 
     def get(self, work: Path, plan: Plan, stop: Stop, progress: Progress) -> Statistics:
         """The statistics, stored in `work` together with their tokens."""
-
-
-class Stop:
-    """Why the run must end, told to every worker: a signal, or the failure of one of them."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self.signal: int | None = None
-
-    def set(self, number: int | None = None) -> None:
-        """End the run."""
-        self.signal = number if number is not None else self.signal
-        self._event.set()
-
-    def check(self) -> None:
-        """Raise Interrupted when the run is to end."""
-        if self._event.is_set():
-            raise self.interrupted()
-
-    def interrupted(self) -> Interrupted:
-        """The error that says so, with the exit code of the signal."""
-        name = "SIGTERM" if self.signal == signal.SIGTERM else "interrupt"
-        code = EXIT_SIGTERM if self.signal == signal.SIGTERM else EXIT_SIGINT
-        return Interrupted(
-            f"stopped by {name}; what is done is kept", exit_code=code, hint="run the same command with --resume to go on"
-        )
-
-
-@contextmanager
-def catching_signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop` while the block runs; a second one ends the process as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        stop.set(number)
-        signal.signal(number, before[number] if callable(before[number]) else signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def usable_workers(plan: Plan, options: RunOptions) -> int:
@@ -158,20 +110,21 @@ def run_plan(
     began = time.monotonic()
     workers = usable_workers(plan, options)
     stop = Stop()
+    watched = Watched(progress, stop)
     with (
         catching_signals(stop),
         open_output(root, plan_digest=plan.digest, resume=options.resume, overwrite=options.overwrite, progress=progress) as output,
     ):
         if output.finished is not None:
-            check_artifact(output.root, output.finished, workers=workers, progress=progress).require()
+            check_artifact(output.root, output.finished, workers=workers, progress=watched).require()
             return _result(output.root, output.finished, plan, len(plan.units), True, began, workers, ())
         require_disk(plan, output.work)
         regions = {unit.id: _regions(plan, unit) for unit in plan.units}
-        with ArtifactWriter(output, files=plan.files, units=regions, source=source.fingerprint(), progress=progress) as writer:
+        with ArtifactWriter(output, files=plan.files, units=regions, source=source.fingerprint(), progress=watched) as writer:
             before = len(writer.done)
             measured = statistics.get(output.work, plan, stop, progress) if statistics is not None else None
             _run_units(plan, source, writer, regions, workers, stop, measured, progress)
-            manifest, notes = _publish(plan, source, writer, measured)
+            manifest, notes = _publish(plan, source, writer, measured, stop)
         _log(output, options, workers, began, plan)
         return _result(output.root, manifest, plan, before, False, began, workers, notes)
 
@@ -270,7 +223,9 @@ def _run_unit(unit: Unit, job: Job, writer: ArtifactWriter, regions: Sequence[Re
     writer.commit(unit.id, source_sha256=findings.sha256.hexdigest(), outputs=digests, facts=done.facts)
 
 
-def _publish(plan: Plan, source: Source, writer: ArtifactWriter, statistics: Statistics | None) -> tuple[Manifest, tuple[str, ...]]:
+def _publish(
+    plan: Plan, source: Source, writer: ArtifactWriter, statistics: Statistics | None, stop: Stop
+) -> tuple[Manifest, tuple[str, ...]]:
     facts = {unit.id: dict(writer.facts(unit.id)) for unit in plan.units if writer.facts(unit.id)}
     slopes = {str(u.layer): facts[u.id]["slopes"] for u in plan.units if "slopes" in facts.get(u.id, {})}
     subnormal = sum(fact.get("subnormal_scales", 0) for fact in facts.values())
@@ -290,6 +245,7 @@ def _publish(plan: Plan, source: Source, writer: ArtifactWriter, statistics: Sta
     manifest = publish(
         writer, indexes=index_files(plan), sidecars=sidecars(source, writer.output.work, statistics),
         config=config_bytes(plan, slopes), manifest=manifest_facts(plan, source, statistics, warnings),
+        check=stop.check,
     )  # fmt: skip
     return manifest, tuple(notes)
 
