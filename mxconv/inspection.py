@@ -14,6 +14,7 @@ from typing import Any
 from mxconv.artifact import Manifest, find_artifact
 from mxconv.config import ModelConfig, read_config
 from mxconv.console import Console
+from mxconv.documents import error_payload
 from mxconv.draw import Column, count, plural, size
 from mxconv.errors import EXIT_OK, MxconvError, UsageError
 from mxconv.mapping.tables import TABLES
@@ -56,6 +57,7 @@ class Inspection:
             "tp": {str(n): {"ok": not reasons, "reasons": list(reasons)} for n, reasons in self.tp.items()},
             "notes": list(self.plan.notes if self.plan else self.source.notes) + advice(self.source),
             "dropped": dict(self.source.dropped),
+            "problems": [] if self.failure is None else error_payload(self.failure)["problems"],
         }
         if self.plan is not None:
             found["plan"] = plan_facts(self.plan, self.workers, self.memory_bytes, self.free_bytes)
@@ -172,6 +174,8 @@ def advice(source: Source) -> list[str]:
     power = config.num_attention_heads & (config.num_attention_heads - 1) == 0
     if config.dialect == "minimax" and not power and "decay" not in " ".join(source.dropped.values()):
         notes.append("heads are no power of two: stock transformers computes other decay slopes than the original model")
+    if beyond := [token for token in config.eos_token_ids if token >= config.vocab_size]:
+        notes.append(f"end-of-sequence token {beyond[0]} lies outside the vocabulary of {config.vocab_size}")
     stop_files = ("generation_config.json", "tokenizer_config.json")
     if not config.eos_token_ids and not any((source.root / name).exists() for name in stop_files):
         notes.append("no file beside the weights names an end-of-sequence token: servers will not know when to stop")
@@ -193,7 +197,8 @@ def _render_summary(source: Source, facts: Mapping[str, Any], console: Console) 
         f"{config.model_type} · {config.num_layers} layers ({linear} lightning, {config.num_layers - linear} softmax) · {experts}"
         f" · {count(facts['parameters'])} parameters"
     )
-    missing = "" if source.present else " · only the index is here"
+    here = any(shards.index for shards in source.ranks)
+    missing = "" if source.present else " · only the index is here" if here else " · no shard is here"
     console.line(
         f"{plural(facts['files'], 'file')} · {plural(facts['tensors'], 'tensor')} · {size(facts['bytes'])} · "
         f"dialect {facts['dialect']}{missing}"
@@ -295,8 +300,8 @@ class ArtifactInspection:
 
 def inspect_artifact(path: Path) -> ArtifactInspection | None:
     """The artifact at `path`, None when it is a source checkpoint. Raises IncompleteInput for an unfinished artifact."""
+    manifest = find_artifact(path)  # before the config: an interrupted run has none yet, and says so
     config = read_config(path)
-    manifest = find_artifact(path)
     if manifest is None or config.artifact is None:
         return None
     return ArtifactInspection(root=path, config=config, manifest=manifest)

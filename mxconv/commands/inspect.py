@@ -52,7 +52,7 @@ def command(checkpoint: Path, plan_file: Path | None, **flags: Any) -> int:
         view.render(console)
         if view.plan is not None:
             write_plan(plan_file, view.plan.document())
-        if view.failure is not None and not console.json:
-            console.error(view.failure)
         console.document("inspect", view.document())
+        if view.failure is not None:
+            console.error(view.failure)
         return view.exit_code
