@@ -26,7 +26,8 @@ LARGEST_TP = {"demo": 2, "tiny-a": 8}
 def run(*arguments: object) -> tuple[int, str, float, int]:
     """(exit code, stdout, seconds, peak RSS in bytes) of one `mxconv` process."""
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "mxconv", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "mxconv", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     output = process.stdout.read().decode() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), output, time.monotonic() - began, usage.ru_maxrss << 10

@@ -159,10 +159,13 @@ class _Reader:
             return minimum
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, minimum: float = float("-inf")) -> float:
         value = self.raw.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
             self.bad(key, "a finite number")
+            return default
+        if value < minimum:
+            self.bad(key, f"a number of at least {minimum:g}")
             return default
         return float(value)
 
@@ -357,7 +360,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         rotary_dim_stated=stated,
         num_experts=experts,
         experts_per_token=min(per_token, experts),
-        rms_norm_eps=reader.number("rms_norm_eps", 1e-5),
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-5, minimum=0.0),
         block_size=reader.integer("block_size", 256) if dialect == "minimax" else 256,
         postnorm=True if dialect == "minimax" else reader.flag("postnorm", False),
         **{name: reader.number(key, 1.0) for name, key in _FACTORS[dialect].items()},

@@ -121,6 +121,8 @@ class PlainMeter(Counter):
         self.write(line)
 
     def _position(self) -> str:
+        if not self.total_bytes and not self.done_bytes:  # a phase that is not about bytes
+            return draw.duration(self.seconds)
         if not self.total_bytes:
             return f"{draw.size(self.done_bytes)}, {draw.rate(self.bytes_per_second)}"
         left = self.seconds_left
@@ -231,7 +233,8 @@ class LiveMeter(Counter):
         return bars
 
     def _numbers(self) -> str:
-        moved = f"{draw.size(self.done_bytes)}/{draw.size(self.total_bytes)}" if self.total_bytes else draw.size(self.done_bytes)
+        moved = draw.size(self.done_bytes) if self.done_bytes or self.total_bytes else ""  # a phase may be about no bytes
+        moved += f"/{draw.size(self.total_bytes)}" if self.total_bytes else ""
         left = self.seconds_left
         eta = f"  {draw.duration(left)} left" if left is not None else ""
         return f"{moved}  {draw.rate(self.bytes_per_second)}{eta}"

@@ -9,8 +9,8 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mxconv.artifact import Manifest, find_artifact
@@ -99,8 +99,8 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
     that cannot be read at all is raised. `drop`: glob patterns of tensor names to leave out on purpose.
     """
     root = Path(path)
+    manifest = find_artifact(root)  # before the config: an interrupted run has none yet, and says so
     config = read_config(root)
-    manifest = find_artifact(root)
     if config.artifact is None:
         manifest = None
     folders: Sequence[Path] = rank_folders(root) or (root,)
@@ -122,18 +122,8 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
         )
     names = [set(shards.tensors) | set(shards.index or {}) for shards in ranks]
     dense = config.num_experts == 1 and any(name in names[0] for name in DENSE_NAMES)
-    dropped = {
-        name: f"dropped as asked: {pattern}"
-        for pattern in drop
-        for each in names
-        for name in each
-        if fnmatch.fnmatchcase(name, pattern)
-    }
-    notes += [
-        f"--drop {pattern} matches no tensor"
-        for pattern in drop
-        if not any(reason.endswith(pattern) for reason in dropped.values())
-    ]
+    dropped = _dropped(names, drop)
+    notes += [f"--drop {pattern} matches no tensor" for pattern in drop if _DROPPED + pattern not in dropped.values()]
     tied = config.tie_word_embeddings and TIED_HEAD in names[0]
     specs = tuple(
         {name: spec for name, spec in _specs(table, config, shards, notes).items()
@@ -141,12 +131,27 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
         for shards in ranks
     )  # fmt: skip
     params = tuple(parameters(config, dense_mlp=dense))
-    bound = bind(table, config, params, specs)
+    bound = bind(table, config, params, specs, [_unread(shards) for shards in ranks])
+    if any(shards.problems and not shards.tensors and not shards.index for shards in ranks):
+        bound = replace(bound, problems=())  # nothing could be read: that is the problem, not each tensor
     return Source(
         root=root, config=config, table=table, ranks=ranks, specs=specs, parameters=params, bound=bound, dense_mlp=dense,
         dropped={**dropped, **bound.dropped}, tied_head_stored=tied, manifest=manifest, notes=tuple(notes),
         problems=(*problems, *bound.problems),
     )  # fmt: skip
+
+
+_DROPPED = "dropped as asked: "
+
+
+def _dropped(names: Sequence[Collection[str]], patterns: Sequence[str]) -> dict[str, str]:
+    """Tensor → which pattern leaves it out."""
+    return {name: _DROPPED + p for p in patterns for each in names for name in each if fnmatch.fnmatchcase(name, p)}
+
+
+def _unread(shards: Shards) -> set[str]:
+    """Names that the index puts into files which are missing or damaged; their problem has been told once already."""
+    return set(shards.index or {}) - set(shards.tensors) if shards.present else set()
 
 
 def _layout(config: ModelConfig) -> str:

@@ -178,7 +178,7 @@ def _note_ignored(names: list[str], used: set[str], finds: _Finds) -> None:
         elif name.endswith(".py"):
             finds.notes.append(f"{printable(name)}: ignored, code in a checkpoint is never imported")
         elif name.endswith(".safetensors") and name not in used:
-            finds.notes.append(f"{printable(name)}: ignored, the index does not name it")
+            finds.notes.append(f"{printable(name)}: ignored, no index names it")
 
 
 def read_shards(folder: Path) -> Shards:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mxconv.checkpoint import ByteReader
+from mxconv.draw import plural
 from mxconv.errors import IntegrityError, NumericError
 from mxconv.execute.rawbits import Raw, nonfinite, raw_dtype
 from mxconv.mapping.containers import Container, Part
@@ -49,7 +50,8 @@ class Findings:
         """Raise NumericError when a weight of the unit is not finite."""
         for name, (count, where) in self.bad.items():
             raise NumericError(
-                f"{count} weights are NaN or infinite, the first at {where}", where=name, hint="the source is damaged or overflowed"
+                f"NaN or infinity in {plural(count, 'weight')}, the first at {where}", where=name,
+                hint="the source is damaged or overflowed",
             )
 
 

@@ -7,7 +7,7 @@ the same description. Both give containers, so that source and target of a conve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mxconv.config import FULL, LINEAR, ModelConfig
@@ -161,11 +161,18 @@ def _mismatch(rank: int, ranks: int, name: str) -> str:
     return f"rank{rank}: {name}" if ranks > 1 else name
 
 
-def bind(table: Table, config: ModelConfig, params: Sequence[Parameter], ranks: Sequence[Mapping[str, TensorSpec]]) -> Bound:
+def bind(
+    table: Table,
+    config: ModelConfig,
+    params: Sequence[Parameter],
+    ranks: Sequence[Mapping[str, TensorSpec]],
+    unread: Sequence[Collection[str]] = (),
+) -> Bound:
     """Match the tensors that each rank's headers hold to `table` and `params`.
 
     Every tensor matches exactly one rule or is unexpected (IncompleteInput: this is another model); every parameter is held
     by one tensor a rank, in the shape that the config says (MalformedInput otherwise). Problems are collected, all of them.
+    `unread`: names that an index puts into files which could not be read: those files are the problem, not their tensors.
     """
     wanted = {param.name for param in params}
     containers: list[Container] = []
@@ -204,6 +211,7 @@ def bind(table: Table, config: ModelConfig, params: Sequence[Parameter], ranks: 
                     problems.append(MalformedInput("two tensors hold the same weights", where=where, got=part.parameter))
                 held.add(part.parameter)
                 holders[part.parameter].append((container, part))
+        held |= _held_by(table, config, unread[rank] if unread else ())
         problems += _missing(table, config, [param for param in params if param.name not in held], rank, len(ranks))
     return Bound(
         containers=tuple(containers),
@@ -212,6 +220,17 @@ def bind(table: Table, config: ModelConfig, params: Sequence[Parameter], ranks: 
         dropped=dropped,
         problems=tuple(problems),
     )
+
+
+def _held_by(table: Table, config: ModelConfig, names: Iterable[str]) -> set[str]:
+    """The parameters that tensors of these names would hold."""
+    held: set[str] = set()
+    for name in names:
+        found = table.match(name)
+        if found is not None:
+            experts = [found[1].get("e")] if "e" in found[1] else range(config.num_experts)
+            held |= {fill(role, found[1].get("l"), expert) for role in found[0].holds for expert in experts}
+    return held
 
 
 def _unexpected(where: str) -> IncompleteInput:

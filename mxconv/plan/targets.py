@@ -109,7 +109,10 @@ def artifact_block(request: Request, layout: str, ignored_layers: tuple[int, ...
         block |= request.scheme.block()
         block["ignored_layers"] = list(ignored_layers)
     else:
-        block["scheme"] = None
+        block |= {
+            "scheme": None, "granularity": None, "group_size": None, "rotation": None, "rotation_words": "none",
+            "summary": "every weight as the source has it",
+        }  # fmt: skip
     return block
 
 

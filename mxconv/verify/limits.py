@@ -95,6 +95,12 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
                 "amplify every rounding, and their right artifacts reach 5–38 times (int4) and 2–12 times (fp8) of it",
             ),
             Limit(
+                name="kl_uninformed_factor", value=_by_scheme(exact=0.01, int4=5000.0, fp8=1000.0),
+                reason="the same where the source predicts nothing (perplexity above half its vocabulary: untrained, or random ids): "
+                "how far rounding carries there depends on the weights alone; right artifacts of one-expert models reach 670 times "
+                "(int4) and 75 times (fp8)",
+            ),
+            Limit(
                 name="layer_floor_factor", value=_by_scheme(exact=0.01, int4=30.0, fp8=10.0),
                 reason="hidden-state error of a layer, in units of what bfloat16 makes of the source there: names the first bad "
                 "layer of logits that fail, and gates nothing itself (right artifacts: 3e-5, 3–11, 1–4)",
@@ -128,15 +134,16 @@ class Limits:
     def __getitem__(self, name: str) -> float:
         return self.overrides[name] if name in self.overrides else LIMITS[name].of(self.scheme)
 
-    def kl(self, floor: float | None) -> float:
-        """The limit of the mean KL, given the KL of bfloat16 against float32 of the source.
+    def kl(self, floor: float | None, *, informed: bool = True) -> float:
+        """The limit of the mean KL, given the KL of bfloat16 against float32 of the source; `informed`: the source predicts.
 
-        Who asks for another `kl_mean` gets that, whatever the floor is, unless `kl_floor_factor` is asked for as well.
+        Who asks for another `kl_mean` gets that, whatever the floor is, unless the factor is asked for as well.
         """
-        strict = "kl_mean" in self.overrides and "kl_floor_factor" not in self.overrides
+        factor = "kl_floor_factor" if informed else "kl_uninformed_factor"
+        strict = "kl_mean" in self.overrides and factor not in self.overrides
         if strict or floor is None or not floor < float("inf"):
             return self["kl_mean"]
-        return max(self["kl_mean"], self["kl_floor_factor"] * floor)
+        return max(self["kl_mean"], self[factor] * floor)
 
     def l2(self, name: str, floor_l2: float | None) -> float:
         """The limit `name` of a relative L2 in float32, given that of bfloat16 against float32 of the source."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mxconv.draw import plural
 from mxconv.runtime.loader import split_expert
 from mxconv.verify.findings import Section, status_of
 from mxconv.verify.limits import Limits
@@ -22,11 +23,13 @@ def numerics_section(outcome: Outcome, limits: Limits, factor: float | None) -> 
     lines = [f"{outcome.weights:,} weights in every rank, of which {len(quantized):,} quantized"]
     summary, limit = "every weight equal to its source, bit for bit", ""
     if outcome.numerics:
-        summary = f"{len(outcome.numerics):,} findings in {outcome.weights:,} weights"
+        first = outcome.numerics[0]
+        summary = f"{plural(len(outcome.numerics), 'finding')} in {outcome.weights:,} weights: {first.where or first.what}"
     if outcome.measured:
         worst = max(outcome.measured, key=lambda m: m.deviation.rel_rms / max(m.deviation.bound, 1e-300))
-        summary = f"worst rel-rms {worst.deviation.rel_rms:.3f}  {words(worst)}"
-        limit = f"{worst.deviation.bound * limits['rounding']:.3f}"
+        if not outcome.numerics:
+            summary = f"worst rel-rms {worst.deviation.rel_rms:.3f}  {words(worst)}"
+            limit = f"{worst.deviation.bound * limits['rounding']:.3f}"
         projections = _by_projection(outcome.measured)
         figures |= {"worst": _document(worst), "projections": projections, "layers": _by_layer(outcome.measured)}
         lines += [_line(name, values) for name, values in projections.items()]

@@ -244,7 +244,7 @@ class _Run:
             return Section(
                 name="logits", status="FAIL", summary="the passes could not be run", findings=tuple(broken), checks=("passes",)
             )
-        return judge_logits(logits, prompts, limits)
+        return judge_logits(logits, prompts, limits, self.source.config.vocab_size)
 
     def _weights(self, weights: Weights, limits: Limits) -> Outcome:
         self.progress.start("verify: weights", 0)

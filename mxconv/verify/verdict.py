@@ -17,13 +17,18 @@ from mxconv.verify.prompts import Prompts
 PARALLEL_WINDOWS = 16
 """KL between TP sizes is held to its limit over at least this many windows; below it is reported."""
 BLOCK = 256
+UNINFORMED_SHARE = 0.5
+"""Perplexity of the source as a share of its vocabulary above which its predictions are noise."""
 JUMP = 4.0
 """A layer that adds this many times a middling layer's error is the one to look at."""
 NEGLIGIBLE_KL = 1e-7
 
 
-def judge_logits(outcome: LogitsOutcome, prompts: Prompts, limits: Limits) -> Section:
-    """The `logits` section: KL gates (for unquantized weights the relative L2 too), the rest is reported."""
+def judge_logits(outcome: LogitsOutcome, prompts: Prompts, limits: Limits, vocabulary: int) -> Section:
+    """The `logits` section: KL gates (for unquantized weights the relative L2 too), the rest is reported.
+
+    A source whose perplexity is above half its `vocabulary` predicts nothing on these prompts: KL has a wider limit there.
+    """
     exact = limits.scheme is None
     served = outcome.against_source(WEIGHTS_ONLY if exact else SERVED)
     # Unquantized weights are held to the source at one rank; what several ranks' sums differ by is the parallel section's.
@@ -32,7 +37,8 @@ def judge_logits(outcome: LogitsOutcome, prompts: Prompts, limits: Limits) -> Se
     if served is None or gated is None:
         return skipped("logits", "nothing to compare with")
     floor = outcome.against_source(FLOOR)
-    limit = limits.kl(None if floor is None else floor.kl.mean.mean)
+    informed = gated.reference_perplexity < UNINFORMED_SHARE * vocabulary
+    limit = limits.kl(None if floor is None else floor.kl.mean.mean, informed=informed)
     bar = limits.l2("exact_l2", None if floor is None else floor.logits_l2)
     beyond, note = _windows_beyond(gated, bar, "exact_l2", "logits of unquantized weights are not the source's")
     findings = [*_kl(gated, limit), *(beyond if exact else ())]
@@ -46,12 +52,14 @@ def judge_logits(outcome: LogitsOutcome, prompts: Prompts, limits: Limits) -> Se
         name="logits", status=status_of(findings), summary=_summary(served, prompts),
         limit=f"KL {limit:.3g}" + (f", L2 {bar:.2g}" if exact else ""),
         lines=(*_lines(outcome, prompts), *((note,) if exact and note else ())),
-        warnings=tuple(_warnings(floor, prompts, limits)), findings=tuple(findings),
+        warnings=tuple(_warnings(floor, prompts, limits, informed)), findings=tuple(findings),
         checks=("kl_mean", *(("exact_l2",) if exact else ())), figures=_figures(outcome, prompts, worst),
     )  # fmt: skip
 
 
-def _warnings(floor: Metrics | None, prompts: Prompts, limits: Limits) -> Iterator[str]:
+def _warnings(floor: Metrics | None, prompts: Prompts, limits: Limits, informed: bool) -> Iterator[str]:
+    if not informed:
+        yield "the source predicts nothing on these prompts (untrained, or random ids): kl_uninformed_factor, a wide limit, holds"
     if prompts.ids.shape[1] <= BLOCK:
         yield f"windows of {prompts.ids.shape[1]} tokens do not leave the first block of {BLOCK} of lightning attention"
     if floor is not None and not floor.kl.mean.mean <= limits["floor"]:
