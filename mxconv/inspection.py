@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mxconv.artifact import Manifest, find_artifact
+from mxconv.artifact.facts import require_facts
+from mxconv.artifact.names import MANIFEST_NAME
 from mxconv.config import ModelConfig, read_config
 from mxconv.console import Console
 from mxconv.documents import error_payload
@@ -304,6 +306,7 @@ def inspect_artifact(path: Path) -> ArtifactInspection | None:
     config = read_config(path)
     if manifest is None or config.artifact is None:
         return None
+    require_facts(manifest, str(path / MANIFEST_NAME))
     return ArtifactInspection(root=path, config=config, manifest=manifest)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mxconv.artifact import Manifest, find_artifact
+from mxconv.artifact.facts import require_facts
+from mxconv.artifact.names import MANIFEST_NAME
 from mxconv.checkpoint import Shards, StoredTensor, rank_folders, read_shards
 from mxconv.config import ModelConfig, read_config
 from mxconv.errors import IncompleteInput, MxconvError, UsageError, raise_all
@@ -103,6 +105,8 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
     config = read_config(root)
     if config.artifact is None:
         manifest = None
+    if manifest is not None:
+        require_facts(manifest, str(root / MANIFEST_NAME))
     folders: Sequence[Path] = rank_folders(root) or (root,)
     if (config.artifact or {}).get("scheme") is not None:
         # Quantized experts hold codes, not parameters: an artifact of that kind is checked and verified, never a source.

@@ -164,14 +164,15 @@ def open_output(
     the artifact that is to be resumed was changed.
     """
     root = Path(os.path.realpath(root))
-    if root.exists() and not root.is_dir():
-        raise OutputConflict("the output path is a file", where=root, hint="choose a folder")
-    beside = beside_path(root, plan_digest)
-    _recover_rename(root, beside)
-    state = state_of(root)
-    in_place = state == "empty" or not overwrite or (resume and _plan_of(root, state) == plan_digest)
-    if in_place:
-        _refuse(root, state, resume)
+    with writing(root):
+        if root.exists() and not root.is_dir():
+            raise OutputConflict("the output path is a file", where=root, hint="choose a folder")
+        beside = beside_path(root, plan_digest)
+        _recover_rename(root, beside)
+        state = state_of(root)
+        in_place = state == "empty" or not overwrite or (resume and _plan_of(root, state) == plan_digest)
+        if in_place:
+            _refuse(root, state, resume)
     output = Output(root, root if in_place else beside, plan_digest, progress)
     try:
         output.lock()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mxconv.artifact import ArtifactWriter, Manifest, Output, Region, append_run_log, check_artifact, open_output, publish
+from mxconv.artifact.system import writing
 from mxconv.calibrate import Statistics
 from mxconv.errors import Interrupted, ResourceError
 from mxconv.execute.checking import run_check_decay, run_check_tied, run_decay
@@ -80,11 +81,12 @@ def usable_workers(plan: Plan, options: RunOptions) -> int:
 
 def require_disk(plan: Plan, root: Path) -> None:
     """Raise ResourceError (6) when the output's disk cannot hold the plan, before the first byte is written."""
-    folder = root if root.exists() else root.parent
-    while not folder.exists():
-        folder = folder.parent
-    space = os.statvfs(folder)
-    already = sum(p.stat().st_blocks * 512 for p in root.rglob("*") if p.is_file()) if root.exists() else 0
+    with writing(root):
+        folder = root if root.exists() else root.parent
+        while not folder.exists():
+            folder = folder.parent
+        space = os.statvfs(folder)
+        already = sum(p.stat().st_blocks * 512 for p in root.rglob("*") if p.is_file()) if root.exists() else 0
     need, free = int(plan.output_bytes * HEADROOM) + (1 << 20), space.f_bavail * space.f_frsize + already
     if need > free:
         raise ResourceError(
@@ -111,6 +113,8 @@ def run_plan(
     workers = usable_workers(plan, options)
     stop = Stop()
     watched = Watched(progress, stop)
+    if not os.path.lexists(root):
+        require_disk(plan, Path(os.path.realpath(root)))  # before its folder is made
     with (
         catching_signals(stop),
         open_output(root, plan_digest=plan.digest, resume=options.resume, overwrite=options.overwrite, progress=progress) as output,
@@ -125,6 +129,7 @@ def run_plan(
             measured = statistics.get(output.work, plan, stop, progress) if statistics is not None else None
             _run_units(plan, source, writer, regions, workers, stop, measured, progress)
             manifest, notes = _publish(plan, source, writer, measured, stop)
+            progress.finish()  # only now: files are hashed and named in the background until the last one stands
         _log(output, options, workers, began, plan)
         return _result(output.root, manifest, plan, before, False, began, workers, notes)
 
@@ -159,7 +164,6 @@ def _run_units(
         reader.check_unchanged([read for unit in todo for read in unit.reads])
     finally:
         reader.close()
-        progress.finish()
 
 
 def _wait(futures: Sequence[Future[None]], stop: Stop) -> None:
