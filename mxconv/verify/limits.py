@@ -96,9 +96,9 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             ),
             Limit(
                 name="kl_uninformed_factor", value=_by_scheme(exact=0.01, int4=5000.0, fp8=1000.0),
-                reason="the same where the source predicts nothing (perplexity above half its vocabulary: untrained, or random "
-                "ids): how far rounding carries there depends on the weights alone; right artifacts of one-expert models reach 670 times "
-                "(int4) and 75 times (fp8)",
+                reason="the same where the source predicts nothing (perplexity above half its vocabulary: untrained, random ids): "
+                "how far rounding carries there depends on the weights alone; right artifacts of one-expert models reach 670 "
+                "times (int4) and 75 times (fp8)",
             ),
             Limit(
                 name="layer_floor_factor", value=_by_scheme(exact=0.01, int4=30.0, fp8=10.0),
