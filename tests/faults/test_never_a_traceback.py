@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors
 
+from mxconv.artifact.manifest import render
 from mxconv.checkpoint import read_shards
 from mxconv.execute import convert, quantize
 from tests.checkpoint.raw import write_sharded
@@ -59,6 +61,17 @@ def _mutate(value: Any, draw: random.Random) -> None:
         return
 
 
+def sealed(body: Any, otherwise: str) -> str:
+    """A manifest with the digest that it needs to be looked at at all: what a hostile artifact would hold."""
+    if not isinstance(body, dict):
+        return otherwise
+    body = {key: value for key, value in body.items() if key != "sha256"}
+    try:
+        return render({**body, "sha256": hashlib.sha256(render(body)).hexdigest()}).decode()
+    except (ValueError, KeyError, TypeError, AttributeError):  # no files, NaN, half a surrogate pair
+        return otherwise
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
@@ -89,7 +102,9 @@ def test_mutated_files_end_in_an_answer(count: int, file: str, folders: dict[str
         path = copies[kind] / file
         right = path.read_bytes()
         text = json.dumps(mutated(json.loads(right), draw))
-        if draw.random() < 0.2:  # broken as text, too
+        if file == "manifest.json" and draw.random() < 0.8:
+            text = sealed(json.loads(text), text)
+        elif draw.random() < 0.2:  # broken as text, too
             at = draw.randrange(len(text))
             text = text[:at] + draw.choice(["", "{", '"', "]", "\\u", "1e999", "\x00", "[" * 5000]) + text[at + draw.randrange(3) :]
         path.write_text(text)
@@ -101,6 +116,18 @@ def test_mutated_files_end_in_an_answer(count: int, file: str, folders: dict[str
         assert all(c.isprintable() or c == "\n" for c in result.out + result.err), (command, text)
         path.write_bytes(right)
     assert len(codes) > 1
+
+
+@pytest.mark.parametrize("path", ["../escaped.safetensors", "/tmp/escaped.safetensors", "a/../../escaped.safetensors", 7, None])
+def test_a_sealed_manifest_cannot_make_convert_write_outside(path: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(folders["converted"], tmp_path / "deep" / "artifact"))
+    body = json.loads((root / "manifest.json").read_text())
+    names = body["source"]["weight_map"]
+    body["source"]["weight_map"] = dict.fromkeys(names, path)
+    (root / "manifest.json").write_text(sealed(body, ""))
+    result = run("convert", root, tmp_path / "deep" / "out")
+    assert result.code == 3 and "weight_map" in result.err
+    assert not list(tmp_path.rglob("*escaped*")) and not (tmp_path / "deep" / "out").exists()
 
 
 @pytest.mark.parametrize("count", [1_500, pytest.param(100_000, marks=pytest.mark.thorough)])

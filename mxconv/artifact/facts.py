@@ -1,0 +1,87 @@
+"""Whether the planner's part of a manifest is what it says. A manifest proves that it was not changed, not who wrote it: a hostile one
+is sealed as well as any other, and its `source.weight_map` names files that `convert` writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from mxconv.artifact.manifest import Manifest
+from mxconv.checkpoint.folder import path_problem
+from mxconv.errors import MalformedInput
+from mxconv.tensors import DTYPE_BYTES
+
+DIALECTS = ("minimax-m1", "minimax")
+
+Check = Callable[[Any], bool]
+
+
+def _is(*kinds: type) -> Check:
+    return lambda value: type(value) in kinds
+
+
+def _members(checks: Mapping[str, Check]) -> Check:
+    return lambda value: isinstance(value, dict) and all(key in value and check(value[key]) for key, check in checks.items())
+
+
+def _named(check: Check) -> Check:
+    """An object whose keys are printable names and whose values all pass."""
+    return lambda value: isinstance(value, dict) and all(key.isprintable() and check(each) for key, each in value.items())
+
+
+def _text_of(config: Any, text: Any) -> bool:
+    try:
+        return isinstance(text, str) and bool(json.loads(text) == config)
+    except (ValueError, RecursionError):
+        return False
+
+
+_SOURCE: Mapping[str, Check] = MappingProxyType(
+    {
+        "dialect": lambda value: value in DIALECTS,
+        "config": _is(dict),
+        "config_text": _is(str),
+        "dtypes": _named(lambda value: isinstance(value, str) and value in DTYPE_BYTES),
+        "weight_map": _named(lambda value: path_problem(value) is None),
+        "index_metadata": _is(dict),
+        "with_index": _is(bool),
+    }
+)
+_FACTS: Mapping[str, Check] = MappingProxyType(
+    {
+        "tool": _members({"name": _is(str), "version": _is(str)}),
+        "layout": _is(str),
+        "tp": lambda value: type(value) is int and value > 0,
+        "scheme": _is(str, type(None)),
+        "numeric_conventions": _is(dict, type(None)),
+        "plan": _members({"numerics_digest": _is(str), "source_digest": _is(str)}),
+        "ignored_layers": _is(list),
+        "dropped": _is(dict),
+        "statistics": _is(dict, type(None)),
+        "warnings": _is(dict),
+        "source": _members(_SOURCE),
+    }
+)
+
+
+def require_facts(manifest: Manifest, where: str) -> None:
+    """Raise MalformedInput unless every key that a reader of artifacts uses is there and of its kind (docs/manifest.md)."""
+    body = manifest.body
+    for key, check in _FACTS.items():
+        if key not in body or not check(body[key]):
+            raise MalformedInput(f"manifest is malformed: {key} is missing or not what it must be", where=where, got=_wrong(key, body))
+    source = body["source"]
+    if source["weight_map"].keys() != source["dtypes"].keys():
+        raise MalformedInput("manifest is malformed: source.weight_map and source.dtypes name different tensors", where=where)
+    if not _text_of(source["config"], source["config_text"]):
+        raise MalformedInput("manifest is malformed: source.config_text is not source.config", where=where)
+
+
+def _wrong(key: str, body: Mapping[str, Any]) -> str | None:
+    """Which member of `source` it is."""
+    if key != "source" or not isinstance(body.get(key), dict):
+        return None
+    return ", ".join(name for name, check in _SOURCE.items() if name not in body[key] or not check(body[key][name]))
