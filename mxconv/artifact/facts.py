@@ -1,5 +1,7 @@
-"""Whether the planner's part of a manifest is what it says. A manifest proves that it was not changed, not who wrote it: a hostile one
-is sealed as well as any other, and its `source.weight_map` names files that `convert` writes.
+"""Whether the planner's part of a manifest is what it says.
+
+A manifest proves that it was not changed, not who wrote it: a hostile one is sealed as well as any other, and its
+`source.weight_map` names files that `convert` writes.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def require_facts(manifest: Manifest, where: str) -> None:
     body = manifest.body
     for key, check in _FACTS.items():
         if key not in body or not check(body[key]):
-            raise MalformedInput(f"manifest is malformed: {key} is missing or not what it must be", where=where, got=_wrong(key, body))
+            what = f"manifest is malformed: {key} is missing or not what it must be"
+            raise MalformedInput(what, where=where, got=_wrong(key, body))
     source = body["source"]
     if source["weight_map"].keys() != source["dtypes"].keys():
         raise MalformedInput("manifest is malformed: source.weight_map and source.dtypes name different tensors", where=where)
