@@ -41,13 +41,18 @@ def _text_of(config: Any, text: Any) -> bool:
         return False
 
 
+def _is_shard(path: Any) -> bool:
+    """A place inside the folder where no other file of an artifact can be wanted: no manifest, config, journal or tokenizer."""
+    return path_problem(path) is None and path.endswith(".safetensors") and not any(part.startswith(".") for part in path.split("/"))
+
+
 _SOURCE: Mapping[str, Check] = MappingProxyType(
     {
         "dialect": lambda value: value in DIALECTS,
         "config": _is(dict),
         "config_text": _is(str),
         "dtypes": _named(lambda value: isinstance(value, str) and value in DTYPE_BYTES),
-        "weight_map": _named(lambda value: path_problem(value) is None),
+        "weight_map": _named(_is_shard),
         "index_metadata": _is(dict),
         "with_index": _is(bool),
     }

@@ -118,8 +118,14 @@ def test_mutated_files_end_in_an_answer(count: int, file: str, folders: dict[str
     assert len(codes) > 1
 
 
-@pytest.mark.parametrize("path", ["../escaped.safetensors", "/tmp/escaped.safetensors", "a/../../escaped.safetensors", 7, None])
-def test_a_sealed_manifest_cannot_make_convert_write_outside(path: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+ESCAPES = (
+    "../escaped.safetensors", "/tmp/escaped.safetensors", "a/../../escaped.safetensors", 7, None, "manifest.json", "config.json",
+    ".mxconv.journal", "run.log", "tokenizer.json", "model.safetensors.index.json", ".hidden.safetensors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ESCAPES)
+def test_a_sealed_manifest_cannot_make_convert_write_where_no_shard_belongs(path: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     root = Path(shutil.copytree(folders["converted"], tmp_path / "deep" / "artifact"))
     body = json.loads((root / "manifest.json").read_text())
     names = body["source"]["weight_map"]
