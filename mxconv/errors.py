@@ -6,6 +6,7 @@ in that order. Names that come out of files pass through `printable`, so that no
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
@@ -101,6 +102,17 @@ class Interrupted(MxconvError):
     def __init__(self, what: str, *, exit_code: int = EXIT_SIGINT, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
         self.exit_code = exit_code
+
+
+# What a path is, in contrast to what the machine could not do with it.
+_WRONG_PATH = (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def reading_failed(error: OSError, where: object, thing: str = "file") -> MxconvError:
+    """The error for an `OSError` of opening or reading (not for a missing file): MalformedInput or ResourceError."""
+    if error.errno in _WRONG_PATH:
+        return MalformedInput(f"{thing} cannot be opened: {error.strerror}", where=where)
+    return ResourceError(f"cannot read: {error.strerror}", where=where, hint="check permissions and the disk, then run again")
 
 
 # Problems of several kinds are reported together; the exit code is the first of these that is present.

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mxconv.errors import IncompleteInput, MalformedInput
+from mxconv.errors import IncompleteInput, MalformedInput, reading_failed
 
 MAX_JSON_BYTES = 256 << 20
 
@@ -32,7 +32,7 @@ def read_regular(path: Path, limit_bytes: int = MAX_JSON_BYTES) -> bytes:
     except FileNotFoundError:
         raise IncompleteInput("file is missing", where=path, hint="give the folder of a Hugging Face checkpoint") from None
     except OSError as error:
-        raise MalformedInput(f"file cannot be opened: {error.strerror}", where=path) from None
+        raise reading_failed(error, path) from None
     try:
         info = os.fstat(fd)  # before fdopen, which refuses a directory in its own words
         if not stat.S_ISREG(info.st_mode):

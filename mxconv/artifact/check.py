@@ -21,7 +21,7 @@ from mxconv.checkpoint.boxes import ShortRead, fill
 from mxconv.checkpoint.files import OPEN_FLAGS, check_inside, read_file
 from mxconv.checkpoint.folder import read_shards
 from mxconv.config import read_config
-from mxconv.errors import IncompleteInput, IntegrityError, MxconvError, ResourceError, printable, raise_all
+from mxconv.errors import IncompleteInput, IntegrityError, MxconvError, ResourceError, printable, raise_all, reading_failed
 from mxconv.progress import SILENT, Progress
 
 CHUNK_BYTES = 4 << 20
@@ -163,8 +163,11 @@ def missing_files(root: Path, manifest: Manifest) -> list[MxconvError]:
         path = root / fact.path
         try:
             size = os.stat(path).st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(IncompleteInput("file of the manifest is missing", where=path))
+            continue
+        except OSError as error:
+            problems.append(reading_failed(error, path))
             continue
         if size != fact.size_bytes:
             problems.append(

@@ -25,7 +25,7 @@ from typing import Any
 
 from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME
 from mxconv.checkpoint.folder import path_problem
-from mxconv.errors import IncompleteInput, IntegrityError, MalformedInput, MxconvError
+from mxconv.errors import IncompleteInput, IntegrityError, MalformedInput, MxconvError, reading_failed
 from mxconv.jsonfiles import read_json
 
 SCHEMA = "mxconv-manifest/1"
@@ -195,8 +195,10 @@ def require_artifact(root: Path) -> Manifest:
 def _sign_of_artifact(root: Path) -> str | None:
     try:
         names = os.listdir(root)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:  # an unfinished run that cannot be seen must not pass for a checkpoint
+        raise reading_failed(error, root, "folder") from None
     if JOURNAL_NAME in names:
         return "the journal of an unfinished run"
     rank = next((name for name in sorted(names) if re.fullmatch(r"rank\d+", name) and (root / name).is_dir()), None)

@@ -20,7 +20,7 @@ from mxconv.artifact.system import sync_directory, writing
 from mxconv.artifact.writer import ArtifactWriter
 from mxconv.checkpoint.files import OPEN_FLAGS, check_inside
 from mxconv.checkpoint.folder import path_problem
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError
+from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, reading_failed
 from mxconv.placement import PlacedFile
 
 CONFIG_NAME = "config.json"
@@ -72,7 +72,7 @@ def read_sidecar(path: Path) -> bytes:
     except FileNotFoundError:
         raise IncompleteInput("file is missing", where=path) from None
     except OSError as error:
-        raise MalformedInput(f"file cannot be opened: {error.strerror}", where=path) from None
+        raise reading_failed(error, path) from None
     try:
         check_inside(Path(os.path.realpath(path.parent)), path)
         if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -6,7 +6,6 @@ nothing but its header is read. Lengths are checked before anything is allocated
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
@@ -17,7 +16,7 @@ from types import MappingProxyType
 from mxconv.checkpoint.headers import MAX_HEADER_BYTES, Entry, parse_header
 from mxconv.checkpoint.sniff import SNIFF_BYTES, sniff
 from mxconv.checkpoint.stored import StoredFile
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, ResourceError
+from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, reading_failed
 
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -125,9 +124,7 @@ def _read_open(fd: int, path: Path, relative: str) -> ReadFile:
 
 def open_error(error: OSError, path: Path) -> MxconvError:
     """The error for an `OSError` of opening or reading `path` (not for a missing file)."""
-    if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-        return MalformedInput(f"shard cannot be opened: {error.strerror}", where=path)
-    return ResourceError(f"cannot read: {error.strerror}", where=path, hint="check permissions and the disk, then run again")
+    return reading_failed(error, path, "shard")
 
 
 def _failed(problem: MxconvError) -> ReadFile:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mxconv.checkpoint.files import ReadFile, check_inside, read_file
 from mxconv.checkpoint.stored import Shards, StoredFile, StoredTensor
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable
+from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable, reading_failed
 from mxconv.jsonfiles import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -150,7 +150,7 @@ def _listing(folder: Path, finds: _Finds) -> list[str] | None:
     except NotADirectoryError:
         finds.problems.append(MalformedInput("not a folder", where=folder, hint="give the folder of a Hugging Face checkpoint"))
     except OSError as error:
-        finds.problems.append(IncompleteInput(f"folder cannot be read: {error.strerror}", where=folder))
+        finds.problems.append(reading_failed(error, folder, "folder"))
     return None
 
 
@@ -239,8 +239,10 @@ def rank_folders(root: Path) -> tuple[Path, ...]:
     found: dict[int, Path] = {}
     try:
         names = sorted(name for name in os.listdir(root) if name.startswith("rank"))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()
+    except OSError as error:  # an artifact that cannot be seen must not pass for a checkpoint
+        raise reading_failed(error, root, "folder") from None
     for name in names:
         path = root / name
         if not path.is_dir():

@@ -18,7 +18,8 @@ from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, Outp
 from mxconv.settings import Settings, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
+# Not `readable`: what a path is and whether it can be used is for the rooms to say, with their exit codes.
+PATH = click.Path(path_type=Path, readable=False)
 
 # Values are parsed by settings.py, so that a flag, a variable and a file are read alike: every flag is text here.
 # option → (its names, what click is told about it)
@@ -88,6 +89,13 @@ def session(command: str, flags: Mapping[str, Any], *, stream: bool = False) -> 
         shortage = ResourceError("out of memory", hint="lower --memory or --workers, or give the machine more")
         console.error(shortage)
         raise SystemExit(shortage.exit_code) from None
+    except OSError as failure:  # what no room had words for: the machine's failure, no bug
+        trouble = ResourceError(
+            f"input or output failed: {failure.strerror or failure}", where=failure.filename,
+            hint="check the disk and its permissions, then run the same command again; a conversion goes on with --resume",
+        )  # fmt: skip
+        console.error(trouble)
+        raise SystemExit(trouble.exit_code) from None
     except Exception as unexpected:
         traceback.print_exc()
         console.error(

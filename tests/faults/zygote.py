@@ -2,7 +2,8 @@
 
 Each child is a process of its own in a session of its own and runs the command line's entry with real standard streams. Requests
 come as JSON lines on stdin: `argv`, `out` and `err` (files), and optionally `failpoint` [name, count], `started` (a file that gets
-a line for each unit begun), `no_disk_check` and `no_reserve`. The answers are the child's pid and then its wait status.
+a line for each unit begun), `no_disk_check`, `no_reserve`, and `user` (whose rights it gets). The answers are the child's pid and
+then its wait status.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def _child(request: dict[str, Any]) -> None:
         from mxconv.cli import main
 
         _adjust(request)
+        if request.get("user"):
+            os.setgroups([])
+            os.setgid(request["user"])
+            os.setuid(request["user"])
         main(request["argv"])
     except SystemExit as done:
         status = done.code if isinstance(done.code, int) else 70
