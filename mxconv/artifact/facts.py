@@ -43,7 +43,8 @@ def _text_of(config: Any, text: Any) -> bool:
 
 def _is_shard(path: Any) -> bool:
     """A place inside the folder where no other file of an artifact can be wanted: no manifest, config, journal or tokenizer."""
-    return path_problem(path) is None and path.endswith(".safetensors") and not any(part.startswith(".") for part in path.split("/"))
+    hidden = isinstance(path, str) and any(part.startswith(".") for part in path.split("/"))
+    return path_problem(path) is None and not hidden and path.endswith(".safetensors")
 
 
 _SOURCE: Mapping[str, Check] = MappingProxyType(

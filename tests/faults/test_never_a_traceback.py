@@ -125,7 +125,7 @@ ESCAPES = (
 
 
 @pytest.mark.parametrize("path", ESCAPES)
-def test_a_sealed_manifest_cannot_make_convert_write_where_no_shard_belongs(path: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_sealed_manifest_cannot_make_convert_write_elsewhere(path: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     root = Path(shutil.copytree(folders["converted"], tmp_path / "deep" / "artifact"))
     body = json.loads((root / "manifest.json").read_text())
     names = body["source"]["weight_map"]
