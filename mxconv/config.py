@@ -20,6 +20,9 @@ from typing import Any
 from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, raise_all
 from mxconv.jsonfiles import read_json
 
+MAX_EXPERTS = 200_000
+"""Experts of all layers together: a config that asks for more is refused before anything is counted out (M1 has 2,560)."""
+
 LINEAR, FULL = "linear_attention", "full_attention"
 
 DIALECT_OF_MODEL_TYPE = {
@@ -335,6 +338,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     head_dim = reader.integer("head_dim", max(1, hidden // heads))
     kv_heads = reader.integer("num_key_value_heads", heads)
     experts = reader.integer("num_local_experts", 1)
+    if layers * experts > MAX_EXPERTS:
+        reader.bad("num_local_experts", f"at most {MAX_EXPERTS} experts in all layers together")
+        raise_all(reader.problems)
     per_token = reader.integer("num_experts_per_tok", min(2, experts))
     if heads % kv_heads:
         reader.bad("num_key_value_heads", f"a divisor of num_attention_heads {heads}")

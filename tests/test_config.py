@@ -105,6 +105,12 @@ def test_a_size_is_a_positive_integer(value: Any) -> None:
     assert any("vocab_size" in line for line in problems_of(m1(vocab_size=value)))
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_local_experts", 10**9), ("num_hidden_layers", 10**9)])
+def test_a_config_cannot_ask_for_billions_of_tensors(key: str, value: int) -> None:
+    found = problems_of(m1(**{key: value}))
+    assert found and any(key in line for line in found)
+
+
 def test_missing_postnorm_means_false_in_one_dialect_and_true_in_the_other() -> None:
     raw = m1()
     raw.pop("postnorm")
