@@ -16,7 +16,7 @@ import pytest
 
 from mxconv.artifact import parts, tree_digest
 from mxconv.errors import Interrupted
-from mxconv.execute import RunOptions, convert
+from mxconv.execute import RunOptions, convert, run
 from mxconv.progress import Progress
 from tests.faults.conftest import Clean
 from tests.faults.processes import JOBS, Zygote, assert_nothing_wrong, command
@@ -113,11 +113,14 @@ def test_the_last_hashing_of_files_can_be_interrupted(model: Path, tmp_path: Pat
         def hexdigest(self) -> str:
             return self.inner.hexdigest()
 
-    class _Last(Progress):
-        def finish(self) -> None:  # the units are done
-            slow.set()
-            os.kill(os.getpid(), signal.SIGINT)
+    publish = run.publish
 
+    def last(*arguments: Any, **options: Any) -> object:  # the units are done
+        slow.set()
+        os.kill(os.getpid(), signal.SIGINT)
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr(run, "publish", last)
     monkeypatch.setattr(parts.hashlib, "sha256", _Slow)
     monkeypatch.setattr(parts, "CHUNK_BYTES", 1 << 16)
     hash_file = parts.hash_file
@@ -129,7 +132,7 @@ def test_the_last_hashing_of_files_can_be_interrupted(model: Path, tmp_path: Pat
     monkeypatch.setattr(parts, "hash_file", late)
     began = time.monotonic()
     with pytest.raises(Interrupted):
-        convert(model, tmp_path / "out", progress=_Last())
+        convert(model, tmp_path / "out")
     assert time.monotonic() - began < 5
     monkeypatch.undo()
     convert(model, tmp_path / "out", options=RunOptions(resume=True))
