@@ -139,7 +139,7 @@ def parse_manifest(raw: bytes, value: Any, where: str) -> Manifest:
     body = {key: part for key, part in value.items() if key != "sha256"}
     try:
         intact = render(value) == raw and hashlib.sha256(render(body)).hexdigest() == value.get("sha256")
-    except (ValueError, KeyError, TypeError, RecursionError):  # no files, NaN, half a surrogate pair
+    except (ValueError, LookupError, TypeError, RecursionError):  # no files or a list of them, NaN, half a surrogate pair
         intact = False
     if not intact:
         raise IntegrityError("manifest was changed: it does not match its own SHA-256", where=where)

@@ -272,6 +272,7 @@ def test_many_problems_are_listed_at_once(artifacts: tuple[Path, ...], tmp_path:
         (lambda root: (root / "manifest.json").unlink(), 4, "no manifest.json"),
         (lambda root: (root / "manifest.json").write_text("{}"), 8, "manifest is not one that mxconv wrote"),
         (lambda root: (root / "manifest.json").write_text("\0"), 8, "manifest cannot be read"),
+        (lambda root: (root / "manifest.json").write_text('{"schema":"x","files":[9]}'), 8, "manifest was changed"),
         (lambda root: (root / "config.json").write_text("{}"), 8, "config.json: file is truncated"),
         (lambda root: shutil.rmtree(root / "rank1"), 8, "rank1"),
     ],

@@ -68,7 +68,7 @@ def sealed(body: Any, otherwise: str) -> str:
     body = {key: value for key, value in body.items() if key != "sha256"}
     try:
         return render({**body, "sha256": hashlib.sha256(render(body)).hexdigest()}).decode()
-    except (ValueError, KeyError, TypeError, AttributeError):  # no files, NaN, half a surrogate pair
+    except (ValueError, LookupError, TypeError):  # no files or a list of them, NaN, half a surrogate pair
         return otherwise
 
 
@@ -108,7 +108,9 @@ def test_mutated_files_end_in_an_answer(count: int, file: str, folders: dict[str
             at = draw.randrange(len(text))
             text = text[:at] + draw.choice(["", "{", '"', "]", "\\u", "1e999", "\x00", "[" * 5000]) + text[at + draw.randrange(3) :]
         path.write_text(text)
-        command = [word.format(copies[kind], tmp_path / "out") for word in draw.choice(COMMANDS[kind])]
+        # diff reads every weight and of a manifest only that it is there
+        commands = [words for words in COMMANDS[kind] if words[0] != "diff" or file != "manifest.json"]
+        command = [word.format(copies[kind], tmp_path / "out") for word in draw.choice(commands)]
         result = run(*command)
         codes[result.code] = codes.get(result.code, 0) + 1
         assert result.code in (0, 2, 3, 4, 7, 8), (command, text, result.err)
