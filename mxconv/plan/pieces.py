@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mxconv.mapping.bind import Bound
 from mxconv.mapping.containers import Container, Part
 from mxconv.plan.values import Output, Piece, Unit
-from mxconv.tensors import DTYPE_BYTES, Box, box_shape, whole
+from mxconv.tensors import DTYPE_BYTES, Box, whole
 
 PIECE_BYTES = 192 << 20
 """Output bytes of a unit; above it the unit is cut along its parameters' first axis."""
@@ -99,8 +99,3 @@ def _local(part: Part, bounds: tuple[int, int] | None) -> Box:
         return whole(part.extent)
     start, stop = max(bounds[0] - part.origin[0], 0), min(bounds[1] - part.origin[0], part.extent[0])
     return ((start, stop), *whole(part.extent[1:]))
-
-
-def piece_shape(piece: Piece) -> tuple[int, ...]:
-    """The stored shape of what a piece writes."""
-    return box_shape(piece.box)

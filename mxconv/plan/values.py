@@ -1,7 +1,7 @@
 """The Plan and its parts: frozen values that say everything about a run before a weight is read (no torch).
 
 A plan is files × units. A *unit* is the grain of threads, resume and progress: outputs that share sources, idempotent and
-free of order. What a unit does is one word of a closed vocabulary (`OPS`); the executor has one function for each.
+free of order. What a unit does is one word of a closed vocabulary (`Op`); the executor has one function for each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from mxconv.quantize.schemes import Scheme
 from mxconv.tensors import Box, TensorSpec, box_shape
 
 PLAN_VERSION = 1
-OPS = ("check_decay", "check_tied", "copy", "quantize", "decay")
 Op = Literal["check_decay", "check_tied", "copy", "quantize", "decay"]
 
 

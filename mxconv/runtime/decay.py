@@ -15,8 +15,6 @@ from torch import Tensor
 from mxconv.config import LINEAR, ModelConfig
 from mxconv.errors import MalformedInput, printable
 
-BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-
 # bf16 saves and transformers' own layer factor stay inside these; wrong slopes are up to .9 off.
 FACTOR_TOLERANCE = 4e-3
 RATE_TOLERANCE = (4e-3, 2e-5)
