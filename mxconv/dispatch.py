@@ -1,0 +1,64 @@
+"""The one place that decides whether an operation runs as a Triton kernel or in plain torch.
+
+`MXCONV_KERNELS=torch` never takes a kernel, `MXCONV_KERNELS=triton` refuses to run what has none; unset, a kernel is taken
+where the table below has one for the device, dtype and shape. Results agree within the tolerance that each kernel states.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from mxconv.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+VARIABLE = "MXCONV_KERNELS"
+CHOICES = ("torch", "triton")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Where an operation has a kernel: dtypes by torch's name, and what its shape must fulfil."""
+
+    dtypes: frozenset[str]
+    fits: Callable[[Mapping[str, int]], bool] = lambda shape: True
+
+
+_HALF = frozenset({"bfloat16", "float16"})
+RULES: Mapping[str, Rule] = {
+    "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] in (64, 96, 128, 256)),
+    "lightning_decode": Rule(dtypes=_HALF | {"float32"}),
+    "moe": Rule(dtypes=_HALF),
+    "quantize": Rule(dtypes=_HALF | {"float32"}),
+}
+
+
+@cache
+def _importable() -> bool:
+    return find_spec("triton") is not None
+
+
+def triton_wanted(operation: str, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
+    """Whether `operation` runs as a kernel for values of `dtype` on `device`; `shape` is what its rule asks about.
+
+    Raises UsageError for an unknown `MXCONV_KERNELS`, and under `triton` where the operation has no kernel.
+    """
+    choice = os.environ.get(VARIABLE) or None
+    if choice is not None and choice not in CHOICES:
+        raise UsageError(f"unknown {VARIABLE}", expected=" or ".join(CHOICES), got=choice)
+    if choice == "torch":
+        return False
+    rule, name = RULES[operation], str(dtype).removeprefix("torch.")
+    able = device.type == "cuda" and _importable() and name in rule.dtypes and rule.fits(shape)
+    if choice == "triton" and not able:
+        raise UsageError(
+            f"{VARIABLE}=triton, and {operation} has no kernel for this", expected=f"cuda, {' or '.join(sorted(rule.dtypes))}",
+            got=f"{device}, {name}, {dict(shape)}", hint=f"unset {VARIABLE} to let plain torch take what has no kernel",
+        )  # fmt: skip
+    return able
