@@ -151,6 +151,7 @@ def test_random_corruptions_are_all_found(count: int, pristine: Path, tmp_path: 
         assert path.name in found(root)
         path.write_bytes(raw)
     assert found(root) == ""
+    print(f"proof: {count:,} damaged bytes and lengths, all found")
 
 
 def test_an_artifact_behind_the_links_of_a_hub_cache(pristine: Path, tmp_path: Path) -> None:

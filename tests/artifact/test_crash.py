@@ -120,6 +120,7 @@ def test_killed_at_random_moments(kills: int, tmp_path: Path, clean: str) -> Non
             shutil.rmtree(root)
     sample.run(root, resume=True)
     assert tree_digest(root) == clean
+    print(f"proof: {died} kills of the writer, none lost a byte")
 
 
 def crash_after(root: Path, units: int) -> None:

@@ -14,8 +14,10 @@ from tests.artifact import sample
 from tests.artifact.power import Disk
 
 
-@pytest.mark.parametrize("states", [120, pytest.param(2000, marks=pytest.mark.thorough)])
-def test_power_loss(states: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("states", "seed"), [(1_000, 77), (1_000, 78), *(pytest.param(2_000, seed, marks=pytest.mark.thorough) for seed in range(9))]
+)
+def test_power_loss(states: int, seed: int, tmp_path: Path) -> None:
     root = tmp_path / "run" / "out"
     root.parent.mkdir()
     disk = Disk(root)
@@ -24,7 +26,7 @@ def test_power_loss(states: int, tmp_path: Path) -> None:
     clean = tree_digest(root)
     kinds = {event.kind for event in disk.events}
     assert kinds == {"change", "sync", "names", "sync-names"} and len(disk.events) > 200
-    random_ = random.Random(77)
+    random_ = random.Random(seed)
     seen: set[bool] = set()
     for state in range(states):
         target = tmp_path / "cut" / "out"
@@ -41,3 +43,4 @@ def test_power_loss(states: int, tmp_path: Path) -> None:
         assert tree_digest(target) == clean, at
         shutil.rmtree(target.parent)
     assert seen == {True, False}
+    print(f"proof: {states} states after a cut, none wrong, each resumed to the same bytes")

@@ -232,3 +232,4 @@ def test_mutated_headers_end_in_an_answer_that_the_package_shares(count: int) ->
             survived += 1
             assert package_accepts(raw), text
     assert 0 < survived < count
+    print(f"proof: {count:,} mutated headers, {survived:,} accepted, all by the safetensors package too")

@@ -52,7 +52,7 @@ def test_disks_of_fifty_sizes(job: str, zygote: Zygote, model: Path, clean: Mapp
             assert tree_digest(root) == wanted.digest
             shutil.rmtree(root)
     assert refused >= 10 and full >= 20 and fitted >= 1, (refused, full, fitted)
-    print(f"{job}: 50 disks, {refused} refused by the plan, {full} filled up, {fitted} were large enough")
+    print(f"proof: {job}: 50 disks, {refused} refused by the plan, {full} filled up, {fitted} were large enough")
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -87,7 +87,7 @@ def test_another_writer_fills_the_disk(job: str, zygote: Zygote, model: Path, cl
             assert tree_digest(root) == wanted.digest
             shutil.rmtree(root)
     assert full >= 3, full
-    print(f"{job}: 12 runs beside another writer, {full} met a full disk")
+    print(f"proof: {job}: 12 runs beside another writer, {full} met a full disk")
 
 
 def test_a_plan_that_cannot_fit_is_refused_and_leaves_nothing(zygote: Zygote, model: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_interrupted_at_random_moments(
         assert run.events()[-1]["event"] == "error"
     code, run = zygote.run(command(job, model, root, "--resume"))
     assert code == 0 and tree_digest(root) == wanted.digest
-    print(f"{job}: {ended} interrupts, the slowest took {slowest:.2f} s")
+    print(f"proof: {job}: {ended} interrupts, the slowest took {slowest:.2f} s")
 
 
 class _Signals(Progress):

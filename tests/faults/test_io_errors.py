@@ -55,3 +55,4 @@ def test_input_output_errors(
             with pytest.raises(SystemExit) as done:
                 main(command("convert", model, root, "--resume"))
             assert not done.value.code and tree_digest(root) == wanted.digest
+    print(f"proof: {2 * len(chosen)} errors of {name} on the {side} side, each clean and resumed")

@@ -62,7 +62,7 @@ def test_killed_at_random_moments(
         shutil.rmtree(root)
     assert in_work >= kills // 4, "too few kills met a run at work"
     assert tree_digest(model) == source
-    print(f"{job}: {died} kills of {trees} trees, {in_work} amid the units")
+    print(f"proof: {job}: {died} kills of {trees} trees, {in_work} amid the units")
 
 
 @pytest.mark.parametrize("name", failpoints.NAMES)

@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("job", JOBS)
 def test_the_peak_does_not_grow_with_the_model(job: str, models: tuple[Path, Path], tmp_path: Path) -> None:
     small, large = (peak(job, source, tmp_path / f"out{number}") for number, source in enumerate(models))
-    print(f"{job}: peak {small / MIB:.0f} MiB and {large / MIB:.0f} MiB")
+    print(f"proof: {job}: peak {small / MIB:.0f} MiB and {large / MIB:.0f} MiB")
     assert large - small < 24 * MIB
 
 
