@@ -8,7 +8,7 @@ from torch import Tensor
 from mxconv.errors import UsageError
 from mxconv.runtime.attention import attend_in_chunks, make_attention
 from mxconv.runtime.batch import Batch
-from mxconv.runtime.cache import Cache
+from mxconv.runtime.cache import Past
 from mxconv.runtime.linear import ACTIVATIONS, Activations
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.moe import FeedForward, Observer
@@ -26,13 +26,13 @@ class DecoderLayer:
         self.index, self.eps, self.postnorm, self._group = index, config.rms_norm_eps, config.postnorm, group
         self.attention_factors = config.alpha_beta(index)
         self.mlp_factors = config.mlp_alpha, config.mlp_beta
-        self.attn_norm = weights.dense(index, "attn_norm", 0, dtype).to(device)
-        self.mlp_norm = weights.dense(index, "mlp_norm", 0, dtype).to(device)
+        self.attn_norm = weights.dense(index, "attn_norm", group.ranks[0], dtype).to(device)
+        self.mlp_norm = weights.dense(index, "mlp_norm", group.ranks[0], dtype).to(device)
         self.attention = make_attention(weights, index, group, device, dtype)
         self.feed_forward = FeedForward(weights, index, group, device, dtype, keep=keep)
 
     def __call__(
-        self, x: Tensor, batch: Batch, *, cache: Cache | None = None, activations: Activations = "quantized",
+        self, x: Tensor, batch: Batch, *, cache: Past | None = None, activations: Activations = "quantized",
         observer: Observer | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] → [B, T, H]. `observer` needs all of an activation in one place: one rank."""

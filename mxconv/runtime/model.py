@@ -42,7 +42,7 @@ class Model:
         self.device, self.dtype, self.stream = torch.device(device), dtype, stream
         self.group = LocalRanks(weights.tp) if group is None else group
         self._inverse = frequencies(self.config.rotary_dim, self.config.rope_theta, self.device)
-        self._norm = weights.dense(None, "final_norm", 0, dtype).to(self.device)
+        self._norm = weights.dense(None, "final_norm", self.group.ranks[0], dtype).to(self.device)
         self._embed = self._vocabulary("embed")
         self._head = self._embed if self.config.tie_word_embeddings else self._vocabulary("lm_head")
         self._layers: dict[int, DecoderLayer] = {}

@@ -75,7 +75,7 @@ class FeedForward:
         self.per_token, wide = weights.config.experts_per_token, statistics_dtype(dtype)
 
         def whole(name: str) -> Tensor | None:
-            return weights.dense(layer, name, 0, wide).to(device) if name in names else None
+            return weights.dense(layer, name, group.ranks[0], wide).to(device) if name in names else None
 
         self.router, self.coefficient = whole("router"), whole("shared.coefficient")
 
