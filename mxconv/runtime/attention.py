@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mxconv.config import LINEAR
 from mxconv.runtime.batch import Batch
-from mxconv.runtime.cache import Cache
-from mxconv.runtime.lightning import LightningDecay, lightning
+from mxconv.runtime.cache import Past
+from mxconv.runtime.lightning import LightningDecay
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import scale_by_rms, statistics_dtype
 from mxconv.runtime.parallel import Group
+from mxconv.runtime.recurrence import recur
 from mxconv.runtime.rope import rotate_heads
+from mxconv.runtime.softmax import attend_batch
 
 CHUNK_TOKENS = 4096
 """Sequences are taken a few at a time, so that projections and scores of many long ones need not be held at once."""
@@ -37,7 +39,7 @@ class LightningAttention:
             self.outputs[rank] = weights.dense(layer, "attn_out", rank, dtype).to(device)
             self.decays[rank] = LightningDecay(weights.rates(layer, rank), device, statistics_dtype(dtype))
 
-    def __call__(self, h: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+    def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, H] → [B, T, H]."""
         heads, gates = {}, {}
         for rank in self.group.ranks:
@@ -51,18 +53,16 @@ class LightningAttention:
 
         return self.group.sum(partial)
 
-    def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Past | None) -> tuple[Tensor, Tensor]:
         """(attention output [B, T, N·D], gate [B, T, N·D]) of one rank."""
         decay = self.decays[rank]
         fused = F.linear(h, self.inputs[rank])
         width = fused.shape[-1] // 4
-        qkv = F.silu(fused[..., : 3 * width]).to(decay.dtype)
-        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        state = None if cache is None else cache.states.get((self.layer, rank))
-        out, state = lightning(q, k, v, decay, state, batch.mask)
+        states, slots = None, None
         if cache is not None:
-            cache.states[self.layer, rank] = state
-        return out.transpose(1, 2).flatten(2).to(h.dtype), torch.sigmoid(fused[..., 3 * width :])
+            states, slots = cache.recurrent(self.layer, rank, (width // self.head_dim, self.head_dim), decay.dtype)
+        out = recur(fused[..., : 3 * width], self.head_dim, decay, states, slots, batch.mask)
+        return out, torch.sigmoid(fused[..., 3 * width :])
 
 
 class SoftmaxAttention:
@@ -77,35 +77,18 @@ class SoftmaxAttention:
             self.inputs[rank] = weights.fused(layer, ("q", "k", "v"), rank, dtype).to(device)
             self.outputs[rank] = weights.dense(layer, "attn_out", rank, dtype).to(device)
 
-    def __call__(self, h: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+    def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, H] → [B, T, H]."""
         return self.group.sum(lambda rank: F.linear(self._attend(rank, h, batch, cache), self.outputs[rank]))
 
-    def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+    def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, N·D] of one rank."""
         fused = F.linear(h, self.inputs[rank]).unflatten(-1, (-1, self.head_dim))
         keys = (fused.shape[2] - self.heads) // 2
-        q, k = rotate_heads(fused[:, :, : self.heads + keys], batch.rope).transpose(1, 2).split((self.heads, keys), dim=1)
-        v = fused[:, :, self.heads + keys :].transpose(1, 2)
-        if cache is not None:
-            k, v = cache.keys(self.layer, rank).extend(k, v, batch.past)
-        out = attend(q, k, v, batch.allowed, causal=batch.columns > 1 and batch.past == 0)
-        return out.transpose(1, 2).flatten(2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, *, causal: bool) -> Tensor:
-    """softmax(q·kᵀ/√D)·v: q [B, N, T, D], k and v [B, K, S, D], query head n with KV head n // (N/K); [B, N, T, D].
-
-    `allowed` bool [B or 1, 1, T, S] says who attends whom; without it `causal` does (S = T), or every query attends all.
-    """
-    shared = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1 and shared > 1:
-        # One query a head: the heads of a KV head stand in a row, and no key is copied.
-        rows = attend(q.view(q.shape[0], k.shape[1], shared, -1), k, v, allowed, causal=False)
-        return rows.reshape(q.shape)
-    if shared > 1:
-        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)
+        q, k = rotate_heads(fused[:, :, : self.heads + keys], batch.rope).split((self.heads, keys), dim=2)
+        v = fused[:, :, self.heads + keys :]
+        out = attend_batch(q, k, v, batch) if cache is None else cache.attend(self.layer, rank, q, k, v, batch)
+        return out.flatten(2)
 
 
 def make_attention(
@@ -117,7 +100,7 @@ def make_attention(
 
 
 def attend_in_chunks(
-    attention: LightningAttention | SoftmaxAttention, h: Tensor, batch: Batch, cache: Cache | None
+    attention: LightningAttention | SoftmaxAttention, h: Tensor, batch: Batch, cache: Past | None
 ) -> Tensor:
     """`attention` over a few sequences at a time when there is no cache; the result does not depend on it."""
     step = max(1, CHUNK_TOKENS // batch.columns)

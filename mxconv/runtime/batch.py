@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mxconv.errors import UsageError
-from mxconv.runtime.cache import Cache
 from mxconv.runtime.rope import Rope, rope_of
 
+if TYPE_CHECKING:
+    from mxconv.runtime.cache import Past
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)  # no slots: `allowed` is made when a layer asks for it, and kept
 class Batch:
     """B sequences of T new columns behind `past` cached ones."""
 
@@ -21,9 +25,21 @@ class Batch:
     past: int
     mask: Tensor | None
     """bool [B, T]: which new columns are real; None when all are."""
-    allowed: Tensor | None
-    """bool [B or 1, 1, T, past + T]: keys that each query attends; None for plain causal attention or a single query of all."""
+    real: Tensor | None
+    """bool [B, past + T]: which of all columns are real; None when all are."""
     rope: Rope
+
+    @cached_property
+    def allowed(self) -> Tensor | None:
+        """bool [B or 1, 1, T, past + T]: keys that each query attends; None for plain causal attention or a single query of all."""
+        if self.real is None and (self.past == 0 or self.columns == 1):
+            return None
+        ones = torch.ones(self.columns, self.past + self.columns, dtype=torch.bool, device=self.rope.cos.device)
+        causal = ones.tril(self.past)[None, None]
+        if self.real is None:
+            return causal
+        # Every query may see itself, so that the softmax of a padded one is finite.
+        return (causal & self.real[:, None, None, :]) | ones.tril(self.past).triu(self.past)[None, None]
 
     def rows(self, start: int, stop: int) -> Batch:
         """The sequences [start, stop) alone."""
@@ -33,7 +49,7 @@ class Batch:
         return Batch(
             size=stop - start, columns=self.columns, past=self.past,
             mask=None if self.mask is None else self.mask[start:stop],
-            allowed=None if self.allowed is None else cut(self.allowed),
+            real=None if self.real is None else self.real[start:stop],
             rope=Rope(cos=cut(self.rope.cos), sin=cut(self.rope.sin)),
         )  # fmt: skip
 
@@ -56,7 +72,7 @@ def check_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
     return None if bool(real.all()) else real
 
 
-def make_batch(ids: Tensor, mask: Tensor | None, cache: Cache | None, inverse: Tensor, dtype: torch.dtype) -> Batch:
+def make_batch(ids: Tensor, mask: Tensor | None, cache: Past | None, inverse: Tensor, dtype: torch.dtype) -> Batch:
     """The Batch of `ids` int64 [B, T]; takes its columns from `cache`, which then must see every layer of this call.
 
     `inverse` are the rope frequencies, `dtype` that of cos and sin.
@@ -70,20 +86,6 @@ def make_batch(ids: Tensor, mask: Tensor | None, cache: Cache | None, inverse: T
         positions = torch.arange(columns, device=ids.device)[None]
     else:
         positions = (real.cumsum(1) - 1).clamp(min=0)
-    if before is not None and past:
+    if before is not None:
         positions = positions + before[:, None]
-    return Batch(
-        size=size, columns=columns, past=past, mask=real, allowed=_allowed(size, columns, past, all_real, ids.device),
-        rope=rope_of(positions, inverse, dtype),
-    )  # fmt: skip
-
-
-def _allowed(size: int, columns: int, past: int, real: Tensor | None, device: torch.device) -> Tensor | None:
-    if real is None and (past == 0 or columns == 1):
-        return None
-    causal = torch.ones(columns, past + columns, dtype=torch.bool, device=device).tril(past)[None, None]
-    if real is None:
-        return causal
-    # Every query may see itself, so that the softmax of a padded one is finite.
-    itself = torch.ones(columns, past + columns, dtype=torch.bool, device=device).tril(past).triu(past)[None, None]
-    return (causal & real[:, None, None, :]) | itself
+    return Batch(size=size, columns=columns, past=past, mask=real, real=all_real, rope=rope_of(positions, inverse, dtype))

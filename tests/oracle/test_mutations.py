@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mxconv.runtime import attention, batch, layer, lightning, load, loader, moe, norm, rope
+from mxconv.runtime import attention, batch, layer, lightning, load, loader, moe, norm, recurrence, rope, softmax
 from mxconv.runtime import model as model_module
 from tests.oracle.forward import Oracle
 from tests.runtime.helpers import FLOAT32_BAR, FLOAT64_BAR, error, split_call
@@ -37,7 +37,7 @@ class Mutation:
         assert source.count(self.old) == 1, f"the line to change is not in {self.where} (once)"
         names = dict(vars(self.module))
         exec(compile("from __future__ import annotations\n" + source.replace(self.old, self.new), "mutant", "exec"), names)
-        for module in (attention, batch, layer, lightning, loader, model_module, moe, norm, rope):
+        for module in (attention, batch, layer, lightning, loader, model_module, moe, norm, recurrence, rope, softmax):
             if getattr(module, self.where, None) is original:
                 monkeypatch.setattr(module, self.where, names[self.where])
 
@@ -55,11 +55,11 @@ MISTAKES = {
     "current token decayed": M(lightning, "block_decay", "gap.clamp(min=0)", "(gap.clamp(min=0) + 1)"),
     "padding decays": M(lightning, "LightningDecay", "block_decay(self.rates, real.cumsum(1), real, self.dtype)",
                         "block_decay(self.rates, torch.ones_like(real).cumsum(1), real, self.dtype)"),
-    "no silu on v": M(attention, "LightningAttention", "F.silu(fused[..., : 3 * width])",
-                      "torch.cat((F.silu(fused[..., : 2 * width]), fused[..., 2 * width : 3 * width]), -1)"),
+    "no silu on v": M(recurrence, "by_torch", "F.silu(qkv)", "torch.cat((F.silu(qkv[..., : -qkv.shape[-1] // 3]), "
+                      "qkv[..., -qkv.shape[-1] // 3 :]), -1)"),
     "gate without sigmoid": M(attention, "LightningAttention", "torch.sigmoid(fused", "F.silu(fused"),
-    "k and v exchanged": M(attention, "LightningAttention", "q, k, v = qkv", "q, v, k = qkv"),
-    "heads of kv in turn": M(attention, "attend", "k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)",
+    "k and v exchanged": M(recurrence, "by_torch", "q, k, v = F.silu", "q, v, k = F.silu"),
+    "heads of kv in turn": M(softmax, "attend", "k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)",
                              "k, v = k.repeat(1, shared, 1, 1), v.repeat(1, shared, 1, 1)"),
     "rope over the whole head": M(rope, "frequencies", "exponent =", "rotary_dim = 16; exponent ="),
     "rope interleaved": M(rope, "rotate_heads",
@@ -77,8 +77,7 @@ MISTAKES = {
                          "F.rms_norm(x, weight.shape, weight, 0.1 * eps)"),
     "positions count padding": M(batch, "make_batch", "positions = (real.cumsum(1) - 1)",
                                  "positions = torch.arange(columns)[None].expand(size, -1)"),
-    "padding attended": M(batch, "make_batch", "_allowed(size, columns, past, all_real, ids.device)",
-                          "_allowed(size, columns, past, None, ids.device)"),
+    "padding attended": M(batch, "make_batch", "real=all_real", "real=None"),
 }  # fmt: skip
 
 

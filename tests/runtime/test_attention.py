@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxconv.runtime.attention import attend
 from mxconv.runtime.batch import make_batch
 from mxconv.runtime.cache import Cache
 from mxconv.runtime.norm import rms_norm
 from mxconv.runtime.rope import frequencies, rope_of, rotate_heads
+from mxconv.runtime.softmax import attend
 
 CPU = torch.device("cpu")
 
