@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mxconv.errors import UsageError
+from mxconv.runtime.decoder import Decoder
 from mxconv.runtime.linear import Activations
 from mxconv.runtime.model import Model
+
+FIRST_ROOM = 1024
+"""Tokens that a slot has room for behind its prompt at first."""
 
 
 def generate(
@@ -48,15 +52,33 @@ def _tokens(
     model: Model, ids: Sequence[int], max_tokens: int, ends: frozenset[int], temperature: float, top_p: float,
     random: torch.Generator, activations: Activations,
 ) -> Iterator[int]:  # fmt: skip
-    cache = model.cache()
-    step = torch.tensor([list(ids)], dtype=torch.int64)
+    logits = _by_slots(model, ids, activations) if model.capturable else _by_cache(model, ids, activations)
+    token: int | None = None
     for _ in range(max_tokens):
-        with torch.inference_mode():
-            token = choose(model(step, cache=cache, last=1, activations=activations)[0, -1], temperature, top_p, random)
+        token = choose(logits.send(token), temperature, top_p, random)
         if token in ends:
             return
         yield token
-        step = torch.tensor([[token]], dtype=torch.int64)
+
+
+def _by_cache(model: Model, ids: Sequence[int], activations: Activations) -> Generator[Tensor, int | None, None]:
+    """Logits [V] after the prompt, then after each token that is sent."""
+    cache = model.cache()
+    step = torch.tensor([list(ids)], dtype=torch.int64)
+    while True:
+        with torch.inference_mode():
+            logits = model(step, cache=cache, last=1, activations=activations)[0, -1]
+        step = torch.tensor([[(yield logits)]], dtype=torch.int64)
+
+
+def _by_slots(model: Model, ids: Sequence[int], activations: Activations) -> Generator[Tensor, int | None, None]:
+    """The same on a GPU: a step is one graph."""
+    decoder = Decoder(model, room=len(ids) + FIRST_ROOM, activations=activations)
+    token = yield decoder.start(0, ids)
+    while True:
+        if token is not None:
+            decoder.tokens[0] = token
+        token = yield decoder.step()[0]
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxconv.errors import UsageError
 from mxconv.runtime.batch import Batch, check_ids, make_batch
-from mxconv.runtime.cache import Cache
+from mxconv.runtime.cache import Cache, Past
 from mxconv.runtime.layer import DecoderLayer
 from mxconv.runtime.linear import Activations
 from mxconv.runtime.loader import Weights
@@ -41,7 +41,7 @@ class Model:
         self.weights, self.config = weights, weights.config
         self.device, self.dtype, self.stream = torch.device(device), dtype, stream
         self.group = LocalRanks(weights.tp) if group is None else group
-        self._inverse = frequencies(self.config.rotary_dim, self.config.rope_theta, self.device)
+        self.inverse = frequencies(self.config.rotary_dim, self.config.rope_theta, self.device)
         self._norm = weights.dense(None, "final_norm", self.group.ranks[0], dtype).to(self.device)
         self._embed = self._vocabulary("embed")
         self._head = self._embed if self.config.tie_word_embeddings else self._vocabulary("lm_head")
@@ -56,7 +56,7 @@ class Model:
         return self.group.size
 
     def __call__(
-        self, ids: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None, activations: Activations = "quantized",
+        self, ids: Tensor, *, mask: Tensor | None = None, cache: Past | None = None, activations: Activations = "quantized",
         last: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits float32 [B, T, vocab_size] of `ids` int64 [B, T]; of the last `last` columns only when that is given.
@@ -65,7 +65,13 @@ class Model:
         sequences and takes up the new tokens. `activations`: "quantized" as serving kernels compute, "none" with dequantized
         weights alone. Raises UsageError for ids or a mask that do not fit.
         """
-        batch = self.batch(ids, mask=mask, cache=cache)
+        return self.forward(ids, self.batch(ids, mask=mask, cache=cache), cache=cache, activations=activations, last=last)
+
+    def forward(
+        self, ids: Tensor, batch: Batch, *, cache: Past | None = None, activations: Activations = "quantized",
+        last: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits of `ids`, whose `batch` was made (and entered into `cache`) already; otherwise as a call."""
         x = self.embed(ids)
         for index in range(self.config.num_layers):
             with self.layer(index) as layer:
@@ -83,14 +89,25 @@ class Model:
             out[..., start : start + logits.shape[-1]] = logits
         return out
 
+    @property
+    def capturable(self) -> bool:
+        """Whether one token a sequence can be computed without reading anything back from the device (loads every layer)."""
+        if self.device.type != "cuda" or self.stream or not isinstance(self.group, LocalRanks):
+            return False
+        for index in range(self.config.num_layers):
+            with self.layer(index) as layer:
+                if not layer.feed_forward.capturable:
+                    return False
+        return True
+
     def cache(self) -> Cache:
         """An empty cache for one batch of sequences."""
         return Cache()
 
-    def batch(self, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Batch:
+    def batch(self, ids: Tensor, mask: Tensor | None = None, cache: Past | None = None) -> Batch:
         """What the layers need to know about `ids`; with a `cache` the new columns are entered into it here, once a call."""
         check_ids(ids, self.config.vocab_size)
-        return make_batch(ids.to(self.device), mask, cache, self._inverse, self.dtype)
+        return make_batch(ids.to(self.device), mask, cache, self.inverse, self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, H] of `ids`."""

@@ -8,7 +8,8 @@ Each rank computes its columns of every expert; the ranks' results are summed on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,11 @@ from torch import Tensor
 from mxconv.runtime.linear import Activations, Projection, projection
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import statistics_dtype
+from mxconv.runtime.packed import pack_experts
 from mxconv.runtime.parallel import Group
+
+if TYPE_CHECKING:
+    from mxconv.runtime.kernels.moe import MoeExperts
 
 Observer = Callable[[int, str, Tensor], None]
 """observer(expert, "up_gate_proj" | "down_proj", x [tokens, in]): the input of an expert GEMM, before rotation and quantization."""
@@ -44,10 +49,13 @@ def gated(pair: Pair, x: Tensor, activations: Activations, observe: Callable[[st
 
 
 class Experts:
-    """A layer's expert weights by (name, rank): all widened and kept, or widened anew whenever asked for."""
+    """A layer's expert weights by (name, rank): widened and kept (`keep`, routed ones if `keep_routed`), or widened anew."""
 
-    def __init__(self, weights: Weights, layer: int, device: torch.device, dtype: torch.dtype, *, keep: bool) -> None:
-        self._weights, self._layer, self._device, self._dtype, self._keep = weights, layer, device, dtype, keep
+    def __init__(
+        self, weights: Weights, layer: int, device: torch.device, dtype: torch.dtype, *, keep: bool, keep_routed: bool
+    ) -> None:
+        self._weights, self._layer, self._device, self._dtype = weights, layer, device, dtype
+        self._keep, self._keep_routed = keep, keep_routed
         self._kept: dict[tuple[str, int], Pair] = {}
 
     def pair(self, stem: str, rank: int) -> Pair:
@@ -59,7 +67,7 @@ class Experts:
                 for name in ("up_gate", "down")
             )
             found = up_gate, down
-            if self._keep:
+            if self._keep and (self._keep_routed or not stem.startswith("experts.")):
                 self._kept[stem, rank] = found
         return found
 
@@ -71,27 +79,60 @@ class FeedForward:
         self, weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype, *, keep: bool
     ) -> None:
         names = weights.names(layer)
-        self.group, self.experts = group, Experts(weights, layer, device, dtype, keep=keep)
-        self.per_token, wide = weights.config.experts_per_token, statistics_dtype(dtype)
+        self.group, self.per_token, wide = group, weights.config.experts_per_token, statistics_dtype(dtype)
 
         def whole(name: str) -> Tensor | None:
             return weights.dense(layer, name, group.ranks[0], wide).to(device) if name in names else None
 
         self.router, self.coefficient = whole("router"), whole("shared.coefficient")
+        self.packed = pack_experts(weights, layer, group, device, dtype) if keep else None
+        # What the kernels hold is not held twice: who asks for the definition (an observer, exact activations) widens one at a time.
+        self.experts = Experts(weights, layer, device, dtype, keep=keep, keep_routed=self.packed is None)
+        self._rounds = weights.scheme is not None
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a call reads nothing back from the device: the definition asks there which experts have tokens."""
+        return self.router is None or self.packed is not None
 
     def __call__(self, h: Tensor, mask: Tensor | None, activations: Activations, observer: Observer | None) -> Tensor:
         """[B, T, H] → [B, T, H]; `mask` bool [B, T] leaves padded tokens at 0."""
+        if self.packed is not None and observer is None and (activations == "quantized" or not self._rounds):
+            return self._by_kernel(h, mask, self.packed)
         tokens = h.flatten(0, 1) if mask is None else h[mask]
         routes = None if self.router is None else self._route(tokens, self.router)
-        mixed = None
-        if self.coefficient is not None:
-            mixed = torch.sigmoid(F.linear(tokens.to(self.coefficient.dtype), self.coefficient))
+        mixed = self._mixed(tokens)
         y = self.group.sum(lambda rank: self._partial(rank, tokens, routes, mixed, activations, observer)).to(h.dtype)
         if mask is None:
             return y.view(h.shape)
         out = torch.zeros_like(h)
         out[mask] = y
         return out
+
+    def _by_kernel(self, h: Tensor, mask: Tensor | None, packed: Mapping[int, MoeExperts]) -> Tensor:
+        """The same through the kernels, on codes; no number comes back from the device."""
+        from mxconv.runtime.kernels.moe import route
+
+        tokens = h.flatten(0, 1)
+        chosen, weights = route(tokens, self.router, self.per_token)
+        if mask is not None:
+            chosen = chosen.masked_fill(~mask.flatten()[:, None], -1)
+        mixed = self._mixed(tokens)
+        y = self.group.sum(lambda rank: self._beside(packed[rank](tokens, chosen, weights), rank, tokens, mixed, "quantized"))
+        return y.to(h.dtype).view(h.shape)
+
+    def _mixed(self, tokens: Tensor) -> Tensor | None:
+        """The shared expert's share c [tokens, 1], None where there is none."""
+        if self.coefficient is None:
+            return None
+        return torch.sigmoid(F.linear(tokens.to(self.coefficient.dtype), self.coefficient))
+
+    def _beside(self, y: Tensor, rank: int, tokens: Tensor, mixed: Tensor | None, activations: Activations) -> Tensor:
+        """`y` of the routed experts mixed with the shared expert's output."""
+        if mixed is None:
+            return y
+        beside = gated(self.experts.pair("shared", rank), tokens, activations)
+        return y * (1 - mixed) + beside * mixed
 
     def _route(self, tokens: Tensor, router: Tensor) -> list[Route]:
         """The routes of every expert that has tokens, in order."""
@@ -118,10 +159,7 @@ class FeedForward:
             y = tokens.new_zeros(tokens.shape, dtype=statistics_dtype(tokens.dtype))
             for route in routes:
                 self._add_expert(y, route, rank, tokens, activations, observer)
-        if mixed is not None:
-            beside = gated(self.experts.pair("shared", rank), tokens, activations)
-            y = y * (1 - mixed) + beside * mixed
-        return y
+        return self._beside(y, rank, tokens, mixed, activations)
 
     def _add_expert(
         self, y: Tensor, route: Route, rank: int, tokens: Tensor, activations: Activations, observer: Observer | None
