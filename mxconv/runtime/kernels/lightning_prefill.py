@@ -1,0 +1,246 @@
+"""Lightning prefill on a GPU: the kernels of `lightning_chunks`, and which launch each shape gets.
+
+Twin: `mxconv.runtime.lightning.lightning` (formulas there). Where heads × column blocks × sequences fill the GPU one pass over
+q, k, v does it. Where they do not (a TP-8 rank has 8 heads) each sequence is cut into segments: a pass over k and v writes what
+each segment leaves behind, and the output pass starts each segment from the decayed sum of those before it.
+
+Accuracy, relative L2 against float64 (q, k, v behind SiLU, as in the model): bf16 and fp16 outputs ≤ 2e-3, states ≤ 1e-3;
+float32 both ≤ 2e-6. Operands of products are in the dtype of q; the state, decay factors and sums in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxconv.errors import UsageError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD_DIM = 256
+REACH = {torch.bfloat16: 24.0, torch.float16: 24.0, torch.float32: 40.0}
+"""Tokens decayed by more than e^-reach before a segment starts are left out of its state."""
+PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
+"""How products of float32 operands are taken; two-byte operands do not ask."""
+SHORTEST_SEGMENT = 256
+"""Tokens; shorter segments would spend more on their states than on their outputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Value columns of a program, tokens of a chunk, warps, pipeline stages."""
+
+    columns: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides a launch: head_dim padded to a power of two, and whether operands take two bytes."""
+
+    size: int
+    half: bool
+
+
+OUTPUTS: Mapping[Shape, Launch] = {
+    Shape(64, True): Launch(columns=64, chunk=64, warps=4, stages=4),
+    Shape(128, True): Launch(columns=64, chunk=64, warps=4, stages=4),
+    Shape(256, True): Launch(columns=64, chunk=64, warps=8, stages=2),
+    Shape(64, False): Launch(columns=32, chunk=32, warps=4, stages=2),
+    Shape(128, False): Launch(columns=32, chunk=32, warps=4, stages=2),
+    Shape(256, False): Launch(columns=32, chunk=32, warps=8, stages=1),
+}
+STATES: Mapping[Shape, Launch] = {
+    Shape(64, True): Launch(columns=64, chunk=64, warps=4, stages=4),
+    Shape(128, True): Launch(columns=128, chunk=64, warps=8, stages=4),
+    Shape(256, True): Launch(columns=64, chunk=64, warps=8, stages=3),
+    Shape(64, False): Launch(columns=32, chunk=32, warps=4, stages=2),
+    Shape(128, False): Launch(columns=32, chunk=32, warps=4, stages=2),
+    Shape(256, False): Launch(columns=32, chunk=32, warps=8, stages=1),
+}
+"""Measured on an H200, one entry for each class of shapes. The two tables may differ: chunks need not match."""
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of `device`; 1 off CUDA (the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _copies_tiles(device: torch.device) -> bool:
+    """Whether `device` has the tensor copy engine (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """q, k, v and out as rows of tokens: sequences, tokens of each (without cu_seqlens), heads, head_dim."""
+
+    sequences: int
+    tokens: int
+    rows: int
+    heads: int
+    size: int
+
+
+def _row_strides(x: Tensor, name: str) -> tuple[int, int]:
+    """(token stride, head stride) in elements of x [T, N, D] or [B, T, N, D]."""
+    if x.stride(-1) != 1:
+        raise UsageError(f"{name} must be contiguous along head_dim", expected="stride 1", got=x.stride(-1))
+    if x.dim() == 4 and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        raise UsageError(f"sequences of {name} must follow one another", expected=x.shape[1] * x.stride(1), got=x.stride(0))
+    return x.stride(-3), x.stride(-2)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Packed:
+    """Sizes of a call; UsageError where its parts do not fit together."""
+    if q.dim() not in (3, 4) or k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
+        raise UsageError("q, k and v must have one shape [T, N, D] or [B, T, N, D] and one dtype", got=(q.shape, k.shape, v.shape))
+    heads, size = q.shape[-2:]
+    batch, tokens = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
+    if q.dtype not in DTYPES:
+        raise UsageError("lightning kernels take", expected=" or ".join(map(str, DTYPES)), got=q.dtype)
+    if size > LARGEST_HEAD_DIM:
+        raise UsageError("head_dim is too large for the lightning kernels", expected=f"at most {LARGEST_HEAD_DIM}", got=size)
+    if rates.shape != (heads,):
+        raise UsageError("one rate for each head", expected=(heads,), got=tuple(rates.shape))
+    if cu_seqlens is not None and (batch > 1 or mask is not None):
+        raise UsageError("packed sequences are one row of tokens without a mask", got=f"{batch} rows, mask {mask is not None}")
+    if mask is not None and (mask.dtype != torch.bool or mask.numel() != batch * tokens):
+        raise UsageError("mask must be bool", expected=(batch, tokens), got=(tuple(mask.shape), mask.dtype))
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    return Packed(sequences, tokens, batch * tokens, heads, size)
+
+
+def _checked_states(state: Tensor | None, slots: Tensor | None, packed: Packed) -> None:
+    """UsageError unless `state` is float32, contiguous, and of one row for each sequence (or a pool of any, with slots)."""
+    if state is None:
+        if slots is not None:
+            raise UsageError("slots need a pool of states")
+        return
+    want = (state.shape[0] if slots is not None else packed.sequences, packed.heads, packed.size, packed.size)
+    if state.dtype != torch.float32 or tuple(state.shape) != want or not state.is_contiguous():
+        raise UsageError("states must be contiguous float32", expected=want, got=(tuple(state.shape), state.dtype))
+    if slots is not None and slots.shape != (packed.sequences,):
+        raise UsageError("one slot for each sequence", expected=(packed.sequences,), got=tuple(slots.shape))
+
+
+def segments_of(packed: Packed, columns: int, device: torch.device) -> int:
+    """Segments of each sequence: as many as fill the GPU once, of `SHORTEST_SEGMENT` tokens at least."""
+    programs = max(1, packed.sequences * packed.heads * -(-packed.size // columns))
+    typical = packed.rows // max(1, packed.sequences)
+    return max(1, min(_processors(device) // programs, typical // SHORTEST_SEGMENT))
+
+
+def _descriptors(tensors: tuple[Tensor, ...], strides: tuple[tuple[int, int], ...], packed: Packed, launch: Launch) -> Any:
+    """Tensor descriptors of q, k, v as [rows, width], or None where the copy engine cannot read them."""
+    fits = packed.rows >= launch.chunk and packed.size == max(16, 1 << (packed.size - 1).bit_length())
+    bytes_of = tensors[0].element_size()
+    for x, pair in zip(tensors, strides, strict=True):
+        fits = fits and x.data_ptr() % 16 == 0 and all(stride * bytes_of % 16 == 0 for stride in pair)
+    if not fits or not _copies_tiles(tensors[0].device):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def describe(x: Tensor, pair: tuple[int, int], width: int) -> Any:
+        shape = [packed.rows, (packed.heads - 1) * pair[1] + packed.size]
+        return TensorDescriptor(x, shape, [pair[0], 1], [launch.chunk, width])
+
+    widths = (packed.size, packed.size, launch.columns)
+    return tuple(describe(x, pair, width) for x, pair, width in zip(tensors, strides, widths, strict=True))
+
+
+class _Call:
+    """One call: what its two kernels share."""
+
+    def __init__(
+        self, packed: Packed, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rates: Tensor, cu_seqlens: Tensor | None,
+        mask: Tensor | None, silu: bool, segments: int,
+    ) -> None:  # fmt: skip
+        self.packed, self.q, self.k, self.v, self.out, self.rates, self.segments = packed, q, k, v, out, rates, segments
+        self.strides = _row_strides(q, "q"), _row_strides(k, "k"), _row_strides(v, "v"), _row_strides(out, "out")
+        self.lengths = rates if cu_seqlens is None else cu_seqlens
+        self.counts = rates if mask is None else mask.reshape(-1, packed.tokens).cumsum(1, dtype=torch.int32)
+        self.padded = max(16, 1 << (packed.size - 1).bit_length())
+        self.flags = {
+            "VARLEN": cu_seqlens is not None, "MASKED": mask is not None, "SILU": silu, "PRECISION": PRECISION[q.dtype],
+            "D": packed.size, "DP": self.padded,
+        }  # fmt: skip
+
+    def _launch(self, kernel: Any, launch: Launch, segments: int, *arguments: object, **flags: object) -> None:
+        columns = min(launch.columns, self.padded)
+        grid = (-(-self.packed.size // columns) * segments, self.packed.heads, self.packed.sequences)
+        kernel[grid](
+            *arguments, self.packed.tokens, self.packed.heads, self.segments, **self.flags, **flags,
+            BV=columns, C=launch.chunk, STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    def run_states(self, launch: Launch) -> Tensor:
+        """What each segment but the last leaves behind: float32 [S, N, segments, D, D]."""
+        from mxconv.runtime.kernels.lightning_chunks import lightning_states
+
+        packed = self.packed
+        local_states = torch.empty(
+            (packed.sequences, packed.heads, self.segments, packed.size, packed.size), dtype=torch.float32, device=self.q.device
+        )
+        self._launch(
+            lightning_states, launch, self.segments - 1, self.k, self.v, self.rates, self.lengths, self.counts, local_states,
+            REACH[self.q.dtype], *self.strides[1], *self.strides[2],
+        )  # fmt: skip
+        return local_states
+
+    def run_outputs(self, launch: Launch, local_states: Tensor | None, state: Tensor | None, final: Tensor | None, slots: Tensor | None) -> None:
+        """Write `out` and `final`."""
+        from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
+
+        tensors = self.q, self.k, self.v
+        plain = not (self.flags["MASKED"] or self.flags["SILU"])
+        rows = _descriptors(tensors, self.strides[:3], self.packed, launch) if plain else None
+        nothing = self.rates  # never read: its flag is off
+        self._launch(
+            lightning_outputs, launch, self.segments, *tensors, self.out, *(rows or tensors), self.rates, self.lengths, self.counts,
+            nothing if state is None else state, final, nothing if slots is None else slots,
+            nothing if local_states is None else local_states, REACH[self.q.dtype], *(n for pair in self.strides for n in pair),
+            STARTED=state is not None, POOLED=slots is not None, SEGMENTED=self.segments > 1, TMA=rows is not None,
+        )  # fmt: skip
+
+
+def lightning_prefill(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
+    slots: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None, silu: bool = False,
+    launches: tuple[Launch, Launch] | None = None, segments: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, states behind the last tokens) of whole sequences; out has the shape and dtype of q.
+
+    q, k, v: [T, N, D] (one sequence, or several packed one behind the other with `cu_seqlens` int32 [S + 1]) or [B, T, N, D];
+    bfloat16, float16 or float32; any token and head strides, D contiguous and at most 256, so that they may be views of a fused
+    projection. rates: s ≥ 0 of each head, float32 or float64 [N]. state: float32 [S, N, D, D] (k axis, v axis) before the first
+    tokens, not changed; None means zeros. With `slots` int [S], `state` is instead a pool [slots, N, D, D] whose rows are read,
+    updated in place, and returned as the pool; slot -1 is a padding sequence: outputs 0, no state touched. Two sequences with
+    one slot are the caller's error. mask: bool [B, T], False where a token is padding: output 0, nothing added or decayed.
+    silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` (outputs, states) and `segments`
+    override the measured ones.
+
+    Nothing here waits for the GPU: how a batch is cut into segments is decided by the mean length of its sequences. Raises
+    UsageError for shapes and dtypes that do not fit.
+    """
+    packed = _packed(q, k, v, rates, cu_seqlens, mask)
+    _checked_states(state, slots, packed)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    final = q.new_empty((packed.sequences, packed.heads, packed.size, packed.size), dtype=torch.float32) if slots is None else state
+    if packed.sequences == 0 or packed.heads == 0:
+        return out, final  # type: ignore[return-value]
+    shape = Shape(max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2)
+    outputs, states = launches or (OUTPUTS[shape], STATES[shape])
+    segments = segments or segments_of(packed, outputs.columns, q.device)
+    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, silu, segments)
+    local_states = call.run_states(states) if segments > 1 else None
+    call.run_outputs(outputs, local_states, state, final, slots)
+    return out, final  # type: ignore[return-value]

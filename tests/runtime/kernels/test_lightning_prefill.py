@@ -1,0 +1,209 @@
+"""Lightning prefill kernels against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mxconv.errors import UsageError
+from mxconv.runtime.kernels.lightning_prefill import Launch, lightning_prefill
+from tests.interpreted import interpreted, under_interpreter
+from tests.runtime.kernels.lightning_reference import BARS, Case, draw, error, expected
+
+test_in_the_interpreter = under_interpreter(__file__)
+
+SMALL = Launch(columns=16, chunk=16, warps=1, stages=1)
+
+
+def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: object) -> None:
+    """Outputs into a poisoned buffer, and states, within the dtype's bars; the given state is not changed."""
+    out = torch.full(case.q.shape, torch.nan, dtype=case.q.dtype, device=case.q.device)
+    before = case.state.clone()
+    out, states = lightning_prefill(
+        case.q, case.k, case.v, case.rates, case.state if started else None, case.cu_seqlens if packed else None, out=out, **options
+    )
+    want, want_states = expected(case, started=started)
+    bars = BARS[case.q.dtype]
+    errors = error(out, want), error(states, want_states)
+    assert errors[0] <= bars[0] and errors[1] <= bars[1], errors
+    assert torch.equal(case.state, before)
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 24)])
+def test_small(segments: int, dtype: torch.dtype, size: int) -> None:
+    case = draw([0, 1, 37, 16], 2, size, dtype, "cpu", seed=segments)
+    agrees(case, launches=(SMALL, SMALL), segments=segments)
+
+
+@interpreted
+def test_small_segments_look_back() -> None:
+    # Segments are multiples of 128 tokens: three of them, the slow head needs them all, the fast one a halo.
+    case = draw([300], 2, 16, torch.float32, "cpu", rates=[1e-3, 2.0])
+    chunky = Launch(columns=16, chunk=64, warps=1, stages=1)
+    agrees(case, packed=False, started=False, launches=(chunky, chunky), segments=3)
+
+
+@interpreted
+def test_small_masked_pool() -> None:
+    case = draw([21, 21], 2, 16, torch.float32, "cpu")
+    case.mask = torch.rand(42, generator=torch.Generator().manual_seed(1)) > 0.4
+    pool = torch.full((5, 2, 16, 16), torch.nan)
+    pool[3], pool[1] = case.state
+    q, k, v = (x.unflatten(0, (2, 21)) for x in (case.q, case.k, case.v))
+    slots, mask = torch.tensor([3, 1]), case.mask.view(2, 21)
+    out, states = lightning_prefill(q, k, v, case.rates, pool, slots=slots, mask=mask, launches=(SMALL, SMALL), segments=2)
+    want, want_states = expected(case, started=True)
+    assert states is pool
+    assert error(out.flatten(0, 1), want) <= 2e-6
+    assert error(pool[slots], want_states) <= 2e-6
+    assert pool[[0, 2, 4]].isnan().all()
+
+
+GPU = pytest.mark.gpu
+
+
+@GPU
+@pytest.mark.parametrize("size", [64, 96, 128, 256, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_head_dims(size: int, dtype: torch.dtype, segments: int) -> None:
+    agrees(draw([1000], 8, size, dtype, "cuda"), packed=False, segments=segments)
+
+
+@GPU
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 255, 513, 3001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lengths(tokens: int, dtype: torch.dtype) -> None:
+    agrees(draw([tokens], 4, 128, dtype, "cuda", seed=tokens), packed=False)
+    agrees(draw([tokens], 4, 128, dtype, "cuda", seed=tokens), packed=False, started=False)
+
+
+@GPU
+@pytest.mark.parametrize("segments", [None, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [96, 128])
+def test_packed_sequences(segments: int | None, dtype: torch.dtype, size: int) -> None:
+    agrees(draw([0, 1, 700, 64, 0, 2000, 130], 8, size, dtype, "cuda"), segments=segments)
+
+
+@GPU
+@pytest.mark.parametrize("segments", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_padding_is_skipped(segments: int | None, dtype: torch.dtype) -> None:
+    case = draw([777] * 3, 4, 128, dtype, "cuda")
+    random = torch.Generator("cuda").manual_seed(2)
+    case.mask = torch.rand(3, 777, device="cuda", generator=random) > 0.3
+    case.mask[1, :300], case.mask[2] = False, False
+    for x in (case.q, case.k, case.v):
+        x[~case.mask.flatten()] = torch.nan  # what is skipped is not even read into a product
+    q, k, v = (x.unflatten(0, (3, 777)) for x in (case.q, case.k, case.v))
+    out, states = lightning_prefill(q, k, v, case.rates, case.state, mask=case.mask, segments=segments)
+    flat = case.mask.flatten()
+    for x in (case.q, case.k, case.v):
+        x[~flat] = 0.0
+    case.mask = flat
+    want, want_states = expected(case, started=True)
+    assert error(out.flatten(0, 1), want) <= BARS[dtype][0]
+    assert error(states, want_states) <= BARS[dtype][1]
+    assert torch.equal(states[2], case.state[2])
+
+
+@GPU
+@pytest.mark.parametrize("segments", [None, 1, 3])
+def test_slots_of_a_pool(segments: int | None) -> None:
+    case = draw([500, 300, 900], 8, 128, torch.bfloat16, "cuda")
+    pool = torch.full((6, 8, 128, 128), torch.nan, device="cuda")
+    slots = torch.tensor([4, -1, 0], dtype=torch.int32, device="cuda")
+    pool[4], pool[0] = case.state[0], case.state[2]
+    out = torch.full(case.q.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+    _, states = lightning_prefill(case.q, case.k, case.v, case.rates, pool, case.cu_seqlens, slots=slots, out=out, segments=segments)
+    want, want_states = expected(case, started=True)
+    assert states is pool
+    assert (out[500:800] == 0).all()
+    assert error(out[:500], want[:500]) <= 2e-3 and error(out[800:], want[800:]) <= 2e-3
+    assert error(pool[[4, 0]], want_states[[0, 2]]) <= 1e-3
+    assert pool[[1, 2, 3, 5]].isnan().all()
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_strong_and_no_decay(dtype: torch.dtype) -> None:
+    rates = [40.0, 5.0, 0.9999, 0.9, 1e-3, 1e-8, 0.0, 1e4]
+    for segments in (1, 4):
+        agrees(draw([4000], 8, 128, dtype, "cuda", rates=rates), packed=False, segments=segments)
+
+
+@GPU
+def test_what_lies_beyond_reach_is_below_its_bound() -> None:
+    # A huge early token, decayed by e^-reach at most when it is left out: the bound in absolute terms.
+    case = draw([4096], 1, 128, torch.float32, "cuda", rates=[0.05])
+    case.k[:8], case.v[:8] = 1e3, 1e3
+    outs = [lightning_prefill(case.q, case.k, case.v, case.rates, segments=segments)[0].double() for segments in (1, 16)]
+    bound = 128 * 8 * 1e6 * torch.exp(torch.tensor(-40.0)).item() * case.q.abs().max().item()
+    far = outs[0][2048:] - outs[1][2048:]
+    assert far.abs().max().item() <= bound + 1e-5 * outs[0][2048:].abs().max().item()
+    assert all(out.isfinite().all() for out in outs)
+
+
+@GPU
+@pytest.mark.parametrize("silu", [False, True])
+def test_extremes_stay_finite_where_float64_does(silu: bool) -> None:
+    case = draw([700], 4, 128, torch.bfloat16, "cuda")
+    case.q[5], case.k[6], case.v[7] = 1e4, -1e4, 1e4
+    out, states = lightning_prefill(case.q, case.k, case.v, case.rates, silu=silu)
+    assert out.isfinite().all() and states.isfinite().all()
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_silu_on_load(dtype: torch.dtype, segments: int) -> None:
+    case = draw([0, 650, 1, 300], 4, 128, dtype, "cuda")
+    raw = [torch.randn(x.shape, device="cuda").to(dtype) for x in (case.q, case.k, case.v)]
+    out, states = lightning_prefill(*raw, case.rates, case.state, case.cu_seqlens, silu=True, segments=segments)
+    case.q, case.k, case.v = (F.silu(x.float()).to(dtype) for x in raw)
+    want, want_states = expected(case, started=True)
+    assert error(out, want) <= BARS[dtype][0] and error(states, want_states) <= BARS[dtype][1]
+
+
+@GPU
+@pytest.mark.parametrize(("heads", "segments"), [(2, 1), (2, None)])
+def test_a_million_tokens(heads: int, segments: int | None) -> None:
+    # The rates of a last and of a middle layer's slowest heads: nothing may drift in 15,625 chunks.
+    case = draw([1_000_000], heads, 128, torch.bfloat16, "cuda", rates=[4e-8, 2e-3])
+    out, states = lightning_prefill(case.q, case.k, case.v, case.rates, segments=segments)
+    want, want_states = expected(case, started=False)
+    assert out.isfinite().all()
+    assert error(out[-10_000:], want[-10_000:]) <= 2e-3
+    assert error(states, want_states) <= 1e-3
+
+
+@GPU
+def test_offsets_beyond_int32() -> None:
+    # 70,000 rows of 64 heads · 3 · 192 elements: the last rows lie beyond 2^31 elements.
+    fused = torch.empty(60_000, 64, 640, dtype=torch.bfloat16, device="cuda")
+    fused[:-500] = 0
+    fused[-500:] = F.silu(torch.randn(500, 64, 640, device="cuda"))
+    q, k, v = fused[..., :128], fused[..., 128:256], fused[..., 512:]
+    rates = torch.full((64,), 0.01, device="cuda")
+    out, _ = lightning_prefill(q, k, v, rates)
+    short = Case(*(x[-500:, 60:].contiguous() for x in (q, k, v)), rates[60:].double(), [500], torch.zeros(1, 4, 128, 128, device="cuda"))
+    assert error(out[-500:, 60:], expected(short, started=False)[0]) <= 2e-3
+    assert (out[:-500] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"v": torch.zeros(4, 2, 8)}, {"rates": torch.zeros(3)}, {"state": torch.zeros(1, 2, 16, 16, dtype=torch.float64)},
+        {"slots": torch.zeros(1)}, {"q": torch.zeros(4, 2, 16, dtype=torch.float64)}, {"mask": torch.ones(5, dtype=torch.bool)},
+        {name: torch.zeros(4, 2, 300) for name in "qkv"}, {"k": torch.zeros(4, 16, 2).transpose(1, 2)},
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(change: dict) -> None:
+    call = {"q": torch.zeros(4, 2, 16), "k": torch.zeros(4, 2, 16), "v": torch.zeros(4, 2, 16), "rates": torch.zeros(2), **change}
+    with pytest.raises(UsageError):
+        lightning_prefill(**call)
