@@ -32,8 +32,9 @@ class Rule:
 
 _HALF = frozenset({"bfloat16", "float16"})
 RULES: Mapping[str, Rule] = {
-    "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] in (64, 96, 128, 256)),
-    "lightning_decode": Rule(dtypes=_HALF | {"float32"}),
+    "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
+    "lightning_decode": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
+    "lightning_norm": Rule(dtypes=_HALF),
     "moe": Rule(dtypes=_HALF),
     "quantize": Rule(dtypes=_HALF | {"float32"}),
 }

@@ -6,11 +6,14 @@ Letters: B sequences, T tokens, N a rank's query heads, K its KV heads, D head_d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mxconv.config import LINEAR
+from mxconv.dispatch import triton_wanted
 from mxconv.runtime.batch import Batch
 from mxconv.runtime.cache import Past
 from mxconv.runtime.lightning import LightningDecay
@@ -44,17 +47,38 @@ class LightningAttention:
         heads, gates = {}, {}
         for rank in self.group.ranks:
             heads[rank], gates[rank] = self._attend(rank, h, batch, cache)
-        wide = statistics_dtype(h.dtype)
-        mean_square = self.group.sum(lambda rank: heads[rank].to(wide).square().sum(-1, keepdim=True)) / self.width
+        if triton_wanted("lightning_norm", h.device, h.dtype):
+            return self._finish_by_kernel(heads, gates)
+        mean_square = self._mean_square(heads)
 
         def partial(rank: int) -> Tensor:
             normed = scale_by_rms(heads[rank], mean_square, self.norms[rank])
-            return F.linear(normed * gates[rank], self.outputs[rank])
+            return F.linear(normed * torch.sigmoid(gates[rank]), self.outputs[rank])
+
+        return self.group.sum(partial)
+
+    def _mean_square(self, heads: Mapping[int, Tensor]) -> Tensor:
+        """[B, T, 1] over the heads of all ranks."""
+        def square_sum(rank: int) -> Tensor:
+            return heads[rank].to(statistics_dtype(heads[rank].dtype)).square().sum(-1, keepdim=True)
+
+        return self.group.sum(square_sum) / self.width
+
+    def _finish_by_kernel(self, heads: Mapping[int, Tensor], gates: Mapping[int, Tensor]) -> Tensor:
+        """Norm, gate and output projection, the first two in one kernel, which takes one rank's mean of squares itself."""
+        from mxconv.runtime.kernels.lightning_norm_gate import lightning_norm_gate
+
+        mean_square = None if self.group.size == 1 else self._mean_square(heads).flatten(0, 1)
+
+        def partial(rank: int) -> Tensor:
+            x, gate = heads[rank].flatten(0, 1), gates[rank].flatten(0, 1)
+            normed = lightning_norm_gate(x, gate, self.norms[rank], mean_square)
+            return F.linear(normed, self.outputs[rank]).unflatten(0, heads[rank].shape[:2])
 
         return self.group.sum(partial)
 
     def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Past | None) -> tuple[Tensor, Tensor]:
-        """(attention output [B, T, N·D], gate [B, T, N·D]) of one rank."""
+        """(attention output, output gate before its sigmoid), both [B, T, N·D], of one rank."""
         decay = self.decays[rank]
         fused = F.linear(h, self.inputs[rank])
         width = fused.shape[-1] // 4
@@ -62,7 +86,7 @@ class LightningAttention:
         if cache is not None:
             states, slots = cache.recurrent(self.layer, rank, (width // self.head_dim, self.head_dim), decay.dtype)
         out = recur(fused[..., : 3 * width], self.head_dim, decay, states, slots, batch.mask)
-        return out, torch.sigmoid(fused[..., 3 * width :])
+        return out, fused[..., 3 * width :]
 
 
 class SoftmaxAttention:

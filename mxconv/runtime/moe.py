@@ -86,7 +86,7 @@ class FeedForward:
 
         self.router, self.coefficient = whole("router"), whole("shared.coefficient")
         self.packed = pack_experts(weights, layer, group, device, dtype) if keep else None
-        # What the kernels hold is not held twice: who asks for the definition (an observer, exact activations) widens one at a time.
+        # What the kernels hold is not held twice: who asks for the definition (an observer, exact activations) widens one expert.
         self.experts = Experts(weights, layer, device, dtype, keep=keep, keep_routed=self.packed is None)
         self._rounds = weights.scheme is not None
 

@@ -57,7 +57,7 @@ MISTAKES = {
                         "block_decay(self.rates, torch.ones_like(real).cumsum(1), real, self.dtype)"),
     "no silu on v": M(recurrence, "by_torch", "F.silu(qkv)", "torch.cat((F.silu(qkv[..., : -qkv.shape[-1] // 3]), "
                       "qkv[..., -qkv.shape[-1] // 3 :]), -1)"),
-    "gate without sigmoid": M(attention, "LightningAttention", "torch.sigmoid(fused", "F.silu(fused"),
+    "gate without sigmoid": M(attention, "LightningAttention", "torch.sigmoid(gates", "F.silu(gates"),
     "k and v exchanged": M(recurrence, "by_torch", "q, k, v = F.silu", "q, v, k = F.silu"),
     "heads of kv in turn": M(softmax, "attend", "k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)",
                              "k, v = k.repeat(1, shared, 1, 1), v.repeat(1, shared, 1, 1)"),
