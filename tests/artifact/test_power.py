@@ -14,6 +14,14 @@ from tests.artifact import sample
 from tests.artifact.power import Disk
 
 
+def resume(root: Path) -> None:
+    """A resume that needs no durable disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fdatasync", lambda fd: None)
+        patch.setattr(os, "fsync", lambda fd: None)
+        sample.run(root, resume=True)
+
+
 @pytest.mark.parametrize(
     ("states", "seed"), [(1_000, 77), (1_000, 78), *(pytest.param(2_000, seed, marks=pytest.mark.thorough) for seed in range(9))]
 )
@@ -36,11 +44,38 @@ def test_power_loss(states: int, seed: int, tmp_path: Path) -> None:
         published = (target / "manifest.json").exists()
         seen.add(published)
         sample.assert_nothing_wrong(target, published=published)
-        with pytest.MonkeyPatch.context() as patch:  # the resume itself needs no durable disk
-            patch.setattr(os, "fdatasync", lambda fd: None)
-            patch.setattr(os, "fsync", lambda fd: None)
-            sample.run(target, resume=True)
+        resume(target)
         assert tree_digest(target) == clean, at
         shutil.rmtree(target.parent)
     assert seen == {True, False}
     print(f"proof: {states} states after a cut, none wrong, each resumed to the same bytes")
+
+
+@pytest.mark.parametrize("cuts", [12, pytest.param(120, marks=pytest.mark.thorough)])
+def test_power_loss_during_the_resume_after_a_power_loss(cuts: int, tmp_path: Path) -> None:
+    root = tmp_path / "run" / "out"
+    root.parent.mkdir()
+    first = Disk(root)
+    with pytest.MonkeyPatch.context() as patch, first.recording(patch):
+        sample.run(root, order=random.Random(1))
+    clean, random_, states = tree_digest(root), random.Random(79), 0
+    for cut in range(cuts):
+        again = tmp_path / f"again{cut}" / "out"
+        again.mkdir(parents=True)
+        first.cut(random_.randint(len(first.events) // 4, len(first.events)), random_, again)
+        second = Disk(again)
+        stood = second.stand()
+        with pytest.MonkeyPatch.context() as patch, second.recording(patch):
+            sample.run(again, resume=True)
+        for _ in range(12):
+            target = tmp_path / "cut" / "out"
+            target.mkdir(parents=True)
+            at = random_.randint(stood, len(second.events))
+            second.cut(at, random_, target)
+            sample.assert_nothing_wrong(target, published=(target / "manifest.json").exists())
+            resume(target)
+            assert tree_digest(target) == clean, (cut, at)
+            shutil.rmtree(target.parent)
+            states += 1
+        shutil.rmtree(again.parent)
+    print(f"proof: power: {states} states after a cut amid a resume after a cut, none wrong, each resumed to the same bytes")
