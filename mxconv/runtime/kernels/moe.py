@@ -1,0 +1,232 @@
+"""One rank's experts of one layer on a GPU: weights repacked once at load, and the chain of kernels that applies them.
+
+    sort the assignments → quantize x → grouped GEMM (up_gate) → SwiGLU, rotate, quantize → grouped GEMM (down) → weighted sum
+
+Every size is known from the shapes, nothing comes back to the host: a call can be captured in a CUDA graph. Its plain twin is
+`runtime.linear` and `runtime.moe` with quantized activations; here products are summed in float32 (int32 for int8) per 128 inputs
+and the hidden vector between the GEMMs stays in float32. Unquantized experts go through torch's grouped_mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from mxconv.errors import UsageError
+from mxconv.quantize.schemes import FP8_BLOCK, INT4_MAX, ActivationRule, Scheme
+from mxconv.runtime.coded import Coded
+from mxconv.runtime.kernels.moe_activation import combine_kernel, quantize_kernel, swiglu_kernel
+from mxconv.runtime.kernels.moe_gemm import grouped_gemm_kernel
+from mxconv.runtime.kernels.moe_pack import (
+    ROWS,
+    STEP,
+    Kind,
+    kind_of,
+    pack_codes,
+    pack_scale,
+    tile_bytes,
+    unpack_codes,
+    unpack_scale,
+)  # fmt: skip
+from mxconv.runtime.kernels.moe_route import sort_kernel
+from mxconv.runtime.kernels.moe_table import Launch, block_tokens, launch_of, max_tiles
+
+FACTORS: dict[Kind, float] = {"int4_e4m3": 512.0 / INT4_MAX, "int4_int8": 1.0 / (16 * INT4_MAX), "e4m3": 1.0}
+"""What a product of codes must be multiplied by, beside the scales: int4 codes are q·2⁻⁹ or 16·q, and scales are of q/7."""
+COMBINE_COLUMNS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sorted:
+    """The assignments sorted by expert; see moe_route. int32: order [A], position [A], tiles [·, 3], ends [E]."""
+
+    order: Tensor
+    position: Tensor
+    tiles: Tensor
+    ends: Tensor
+
+
+def sort_assignments(chosen: Tensor, experts: int, block_t: int) -> Sorted:
+    """Sort `chosen` int [T, k] (an expert outside 0..E-1 is padding) by expert, in tiles of at most `block_t` assignments."""
+    assignments = chosen.numel()
+    tiles = max_tiles(assignments, experts, block_t)
+    sizes = (assignments, assignments, 3 * tiles, experts)
+    rounded = [-(-size // 4) * 4 for size in sizes]  # each part aligned to 16 bytes: one compiled kernel for all token counts
+    parts = torch.empty(sum(rounded), dtype=torch.int32, device=chosen.device).split(rounded)
+    order, position, table, ends = (part[:size] for part, size in zip(parts, sizes, strict=True))
+    chunk = min(1024, max(32, triton.next_power_of_2(assignments)))
+    sort_kernel[(experts + 1,)](
+        chosen, order, position, table, ends, assignments, tiles, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1),
+        BLOCK_T=block_t, CHUNK=chunk,
+    )  # fmt: skip
+    return Sorted(order=order, position=position, tiles=table, ends=ends)
+
+
+class Matrix:
+    """One projection of all experts, [out, in] each, repacked; experts are put in one at a time."""
+
+    def __init__(self, scheme: Scheme, experts: int, n: int, k: int, device: torch.device) -> None:
+        for size, unit, name in ((n, ROWS, "outputs"), (k, STEP, "inputs")):
+            if size % unit:
+                raise UsageError(f"{name} of an expert do not fit the kernel", expected=f"a multiple of {unit}", got=str(size))
+        self.scheme, self.kind, self.n, self.k = scheme, kind_of(scheme), n, k
+        self.codes = torch.empty(experts, n // ROWS, k // STEP, ROWS, tile_bytes(self.kind), dtype=torch.int8, device=device)
+        group = scheme.group_size or STEP
+        shape = {"group": (k // group, n), "block": (-(-n // FP8_BLOCK), k // FP8_BLOCK), "channel": (n,), "tensor": (1,)}
+        self.scale = torch.empty(experts, *shape[scheme.granularity], device=device)
+        self.stored = torch.ones(experts, device=device)
+        self.expert_scale = torch.ones(experts, device=device)
+
+    def put(self, expert: int, coded: Coded) -> None:
+        """Repack one expert's projection."""
+        coded = coded.to(self.codes.device)
+        self.codes[expert] = pack_codes(coded.codes, self.kind)
+        self.scale[expert] = pack_scale(coded.weight_scale, self.scheme)
+        if coded.activation_scale is not None:
+            rule = self.scheme.activation
+            self.stored[expert : expert + 1] = coded.activation_scale
+            x_scale = self.stored[expert] if rule.stored_divided else self.stored[expert] / rule.divisor
+            self.expert_scale[expert] = x_scale * self.scale[expert, 0] if self.scheme.granularity == "tensor" else x_scale
+
+    def get(self, expert: int) -> Coded:
+        """What was put in, bit for bit."""
+        activation = self.stored[expert : expert + 1].clone() if self.scheme.static else None
+        scale = unpack_scale(self.scale[expert], self.scheme)
+        return Coded(codes=unpack_codes(self.codes[expert], self.kind), weight_scale=scale, activation_scale=activation)
+
+    def multiply(self, x: Tensor, x_scale: Tensor, rows: Tensor | None, tiles: Tensor, launch: Launch, out: Tensor) -> None:
+        """out [splits, A, n] = the codes x [·, k] times the weights of each sorted assignment's expert; `rows` [A] gathers x."""
+        scheme, rule = self.scheme, self.scheme.activation
+        scales = "flat" if scheme.granularity in ("channel", "tensor") else scheme.granularity
+        grid = (self.n // launch.block_n, tiles.numel() // 3, launch.splits)
+        grouped_gemm_kernel[grid](
+            x, self.codes, self.scale, x_scale, self.scale, x_scale, self.expert_scale, out, x if rows is None else rows, tiles,
+            self.n, self.k, out.shape[1], WEIGHT=self.kind, SCALES=scales, GROUP_STEPS=(scheme.group_size or STEP) // STEP,
+            GATHER=rows is not None, ROW_SCALE=scheme.granularity == "channel", TOKEN_SCALE=rule.scale == "token",
+            EXPERT_SCALE=scheme.static, FACTOR=FACTORS[self.kind], BLOCK_N=launch.block_n,
+            BLOCK_T=launch.block_t, STAGES=launch.stages, NATIVE=not triton.knobs.runtime.interpret,
+            num_warps=launch.warps,
+        )  # fmt: skip
+
+
+def _rule_constants(rule: ActivationRule, rotation: int, rint: bool) -> dict[str, object]:
+    return {
+        "RULE": rule.scale, "DIVISOR": float(rule.divisor), "LIMIT": float(rule.code_max), "INT8": rule.code == "int8",
+        "RINT": rint, "STORED_DIVIDED": rule.stored_divided, "BLOCK": rotation, "STAGES": max(rotation.bit_length() - 1, 0),
+        "NATIVE": not triton.knobs.runtime.interpret,
+    }  # fmt: skip
+
+
+def _columns(rule: ActivationRule, width: int, rotation: int) -> tuple[int, int]:
+    """(columns of a program, programs a row): a token's absmax needs its whole row, the other rules take pieces."""
+    size = triton.next_power_of_2(width) if rule.scale == "token" else max(1024, rotation)
+    return size, -(-width // size)
+
+
+def _warps(size: int) -> int:
+    return max(1, min(16, size // 512))
+
+
+class MoeExperts:
+    """The quantized experts of one layer that one rank holds; `pack` makes it of all experts, `put` of one at a time."""
+
+    def __init__(self, scheme: Scheme, experts: int, hidden: int, intermediate: int, device: torch.device) -> None:
+        self.scheme, self.experts, self.hidden, self.intermediate = scheme, experts, hidden, intermediate
+        self.up_gate = Matrix(scheme, experts, 2 * intermediate, hidden, device)
+        self.down = Matrix(scheme, experts, hidden, intermediate, device)
+
+    @classmethod
+    def pack(cls, scheme: Scheme, up_gate: Sequence[Coded], down: Sequence[Coded], device: torch.device) -> MoeExperts:
+        """All experts at once: up_gate [2I, H] (gate then up), down [H, I], as `Weights.coded` gives them."""
+        hidden, intermediate = down[0].codes.shape
+        experts = cls(scheme, len(down), hidden, intermediate, device)
+        for expert, pair in enumerate(zip(up_gate, down, strict=True)):
+            experts.put(expert, *pair)
+        return experts
+
+    def put(self, expert: int, up_gate: Coded, down: Coded) -> None:
+        """Repack one expert."""
+        self.up_gate.put(expert, up_gate)
+        self.down.put(expert, down)
+
+    def unpack(self, expert: int) -> tuple[Coded, Coded]:
+        """(up_gate, down) as they were put in, bit for bit."""
+        return self.up_gate.get(expert), self.down.get(expert)
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Σ_j weights[t, j] · down(silu(gate x) · (up x)) of the experts chosen[t, j]; activations quantized as the scheme says.
+
+        x bf16, fp16 or fp32 [T, H], contiguous; chosen int32 or int64 [T, k], -1 for none; weights float32 [T, k] → [T, H] like x.
+        """
+        if not len(x):
+            return torch.zeros_like(x)
+        chosen, weights, kind = chosen.contiguous(), weights.contiguous(), self.up_gate.kind
+        assignments, per_token = chosen.numel(), chosen.shape[1]
+        ordered = sort_assignments(chosen, self.experts, block_tokens(kind, assignments, self.experts))
+        codes, scales = self.quantize_input(x.contiguous(), chosen, ordered)
+        rows = None if self.scheme.static else ordered.order // per_token
+        partial = self.multiply(self.up_gate, codes, scales, rows, ordered, x.dtype)
+        codes, scales = self.quantize_hidden(partial, chosen, ordered)
+        partial = self.multiply(self.down, codes, scales, None, ordered, x.dtype)
+        return self.combine(partial, ordered, weights, x.dtype)
+
+    def multiply(
+        self, matrix: Matrix, codes: Tensor, scales: Tensor, rows: Tensor | None, ordered: Sorted, dtype: torch.dtype
+    ) -> Tensor:
+        """One grouped GEMM: partial sums [splits, A, n], float32 for up_gate and where K is split, else `dtype`."""
+        assignments = len(ordered.order)
+        launch = launch_of(matrix.kind, assignments, self.experts, matrix.n, matrix.k)
+        wide = matrix is self.up_gate or launch.splits > 1
+        out = torch.empty(launch.splits, assignments, matrix.n, dtype=torch.float32 if wide else dtype, device=codes.device)
+        matrix.multiply(codes, scales, rows, ordered.tiles, launch, out)
+        return out
+
+    def _outputs(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        rule = self.scheme.activation
+        codes = torch.empty(rows, width, dtype=torch.int8 if rule.code == "int8" else torch.float8_e4m3fn, device=device)
+        shape = (rows, width // FP8_BLOCK) if rule.scale == "token_group" else (rows,)
+        return codes, torch.empty(shape if not self.scheme.static else (1,), device=device)
+
+    def quantize_input(self, x: Tensor, chosen: Tensor, ordered: Sorted) -> tuple[Tensor, Tensor]:
+        """Codes and scales of x [T, H]: a row a token, or a sorted assignment where each expert stores its own scale."""
+        rule, rotation, static = self.scheme.activation, self.scheme.rotation["up_gate_proj"], self.scheme.static
+        rows = chosen.numel() if static else len(x)
+        codes, scales = self._outputs(rows, self.hidden, x.device)
+        size, pieces = _columns(rule, self.hidden, rotation)
+        quantize_kernel[(rows, pieces)](
+            x, ordered.order, chosen, codes, scales, self.up_gate.stored, self.hidden, SIZE=size, BY_ASSIGNMENT=static,
+            PER_TOKEN=chosen.shape[1], **_rule_constants(rule, rotation, False), num_warps=_warps(size),
+        )  # fmt: skip
+        return codes, scales
+
+    def quantize_hidden(self, partial: Tensor, chosen: Tensor, ordered: Sorted) -> tuple[Tensor, Tensor]:
+        """SwiGLU of the up_gate partial sums [splits, A, 2I], rotated: codes and scales of the down projection's input [A, I]."""
+        rule, rotation = self.scheme.activation, self.scheme.rotation["down_proj"]
+        splits, rows, _ = partial.shape
+        codes, scales = self._outputs(rows, self.intermediate, partial.device)
+        size, pieces = _columns(rule, self.intermediate, rotation)
+        swiglu_kernel[(rows, pieces)](
+            partial, ordered.order, chosen, codes, scales, self.down.stored, self.intermediate, rows, SIZE=size, SPLITS=splits,
+            **_rule_constants(rule, rotation, rule.rint_down_input), num_warps=_warps(size),
+        )  # fmt: skip
+        return codes, scales
+
+    def combine(self, partial: Tensor, ordered: Sorted, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """y [T, H] of the down partial sums [splits, A, H]."""
+        splits, rows, hidden = partial.shape
+        y = torch.empty(len(weights), hidden, dtype=dtype, device=partial.device)
+        combine_kernel[(len(weights), -(-hidden // COMBINE_COLUMNS))](
+            partial, ordered.position, weights, y, hidden, rows, SIZE=COMBINE_COLUMNS, PER_TOKEN=weights.shape[1], SPLITS=splits
+        )
+        return y
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's grouped matrix product: x [A, K] sorted by expert, weight [E, N, K], ends int32 [E] → [A, N]."""
+    transposed = weight.transpose(-2, -1)
+    return F.grouped_mm(x, transposed, offs=ends) if hasattr(F, "grouped_mm") else torch._grouped_mm(x, transposed, offs=ends)

@@ -1,0 +1,159 @@
+"""Grouped GEMM of a layer's experts: out[s, n] = Σ_k w_e[n, k] · x[row(s), k] for the sorted assignments s of every expert e.
+
+    tile i   (expert, first, count): `count` ≤ BLOCK_T sorted assignments of one expert, from `moe_route`; expert -1 is none
+    program  (n block, tile, split): one BLOCK_N × BLOCK_T block of outᵀ over its share of K, 128 inputs a step
+
+The operands are swapped, outᵀ = w·xᵀ, so that a handful of tokens is the *narrow* side of the tensor cores' 64×n product and
+wastes nothing. The weights come as `moe_pack` lays them out: [E, N/64, K/128, 64, bytes of 128 codes], one contiguous run a step.
+int4 bytes are widened in registers, two products a step (the low nibbles are inputs 0-63 of the step, the high ones 64-127), and
+never return to shared memory:
+
+    int4_e4m3   nibble s·mmm → the byte s0000mmm, the e4m3 subnormal ±m·2⁻⁹: exact, and one or two instructions for four codes
+    int4_int8   nibble q, two's complement → the byte q·16, int8 products summed exactly in int32
+    e4m3        bytes as they are
+
+Every 128 inputs the partial sum leaves the tensor cores for a float32 accumulator (Hopper sums fp8 products with about 14 bits),
+and takes there the scale that its granularity asks for: `group` one a row of w, `block` one for all rows times one a token, `flat`
+none.
+At the end: · row_scale[e, n] (per channel) · token_scale[s] (per token) · expert_scale[e] (per expert) · FACTOR, whatever is there.
+"""
+
+import triton
+import triton.language as tl
+
+STEP = 128
+"""Inputs a step: the smallest group, the fp8 block, and one cache line of activations."""
+ROWS = 64
+"""Rows of w in a tile of the packed layout, and in one wgmma."""
+
+
+@triton.jit
+def _low(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
+    """The codes in the low nibbles of int8 bytes, as e4m3 (or 16·q as int8)."""
+    if INTEGER:
+        if NATIVE:
+            codes = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [packed], dtype=tl.int8,
+                is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            codes = (packed << 4).to(tl.int8)
+    elif NATIVE:
+        codes = tl.inline_asm_elementwise("and.b32 $0, $1, 0x87878787;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        codes = packed & -121  # 0x87
+    if not INTEGER:
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    return codes
+
+
+@triton.jit
+def _high(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
+    """The codes in the high nibbles of int8 bytes, as e4m3 (or 16·q as int8).
+
+    For e4m3 the four bytes of a word are rotated as one: bits 4-6 come down to 0-2, and the sign that belongs to a byte is
+    bit 3 of the *next* byte's (`moe_pack` puts it there), which the rotation brings to bit 7.
+    """
+    if INTEGER:
+        if NATIVE:
+            codes = tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
+        else:
+            codes = packed & -16
+    elif NATIVE:
+        codes = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, 4; and.b32 $0, t, 0x87878787; }", "=r,r", [packed], dtype=tl.int8,
+            is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        rows: tl.constexpr = packed.shape[0]
+        words: tl.constexpr = packed.shape[1] // 4
+        shift = tl.arange(0, 4)[None, None, :] * 8
+        word = tl.sum((packed.to(tl.uint8).to(tl.uint32).reshape(rows, words, 4) << shift), axis=2)
+        word = (word >> 4) | (word << 28)
+        codes = ((word[:, :, None] >> shift) & 0x87).to(tl.uint8).to(tl.int8, bitcast=True).reshape(rows, words * 4)
+    if not INTEGER:
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    return codes
+
+
+@triton.jit
+def _products(packed, x, acc, WEIGHT: tl.constexpr, NATIVE: tl.constexpr):
+    """w·xᵀ over one step: packed [BLOCK_N, 64 or 128] bytes, x the pointers [BLOCK_T, 64 or 128] to the step's first codes."""
+    # An if/elif chain with one return: the compiler goes on past a return in a constexpr branch.
+    if WEIGHT == "e4m3":
+        acc = tl.dot(packed.to(tl.float8e4nv, bitcast=True), tl.trans(tl.load(x)), acc)
+    else:
+        low, high = tl.load(x), tl.load(x + 64)
+        INTEGER: tl.constexpr = WEIGHT == "int4_int8"
+        acc = tl.dot(_low(packed, INTEGER, NATIVE), tl.trans(low), acc, out_dtype=acc.dtype)
+        acc = tl.dot(_high(packed, INTEGER, NATIVE), tl.trans(high), acc, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit(do_not_specialize=["assignments"])
+def grouped_gemm_kernel(
+    x, w, scales, token_group_scales, row_scale, token_scale, expert_scale, out, rows, tiles, N, K, assignments,
+    WEIGHT: tl.constexpr, SCALES: tl.constexpr, GROUP_STEPS: tl.constexpr, GATHER: tl.constexpr, ROW_SCALE: tl.constexpr,
+    TOKEN_SCALE: tl.constexpr, EXPERT_SCALE: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """See the file. x [R, K] codes; w int8 [E, N/64, K/128, 64, 64 | 128]; out [splits, assignments, N] in its own dtype.
+
+    scales float32 [E, K/(128·GROUP_STEPS), N] for `group`, [E, ⌈N/128⌉, K/128] for `block` with token_group_scales [R, K/128];
+    row_scale [E, N]; token_scale [R]; expert_scale [E]; with GATHER, rows int32 [assignments] is the row of x of each assignment.
+    """
+    n_block, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert = tl.load(tiles + tile * 3).to(tl.int64)
+    if expert < 0:
+        return
+    first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    t = tl.arange(0, BLOCK_T)
+    inside = t < count
+    row = tl.where(inside, first + t, first).to(tl.int64)
+    if GATHER:
+        row = tl.load(rows + row).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    BYTES: tl.constexpr = 128 if WEIGHT == "e4m3" else 64
+    b = tl.arange(0, BYTES)
+    steps = K // 128
+    share = tl.cdiv(steps, tl.num_programs(2))
+    begin = split * share
+    end = tl.minimum(begin + share, steps)
+    w_tile = (expert * (N // 64) + n_block * (BLOCK_N // 64) + n // 64) * steps
+    w_at = w + (w_tile + begin)[:, None] * (64 * BYTES) + (n % 64)[:, None] * BYTES + b[None, :]
+    x_at = x + row[:, None] * K + begin * 128 + b[None, :]
+    if SCALES == "group":
+        s_at = scales + (expert * (steps // GROUP_STEPS) + begin // GROUP_STEPS) * N + n_block * BLOCK_N + n
+    if SCALES == "block":
+        s_at = scales + (expert * tl.cdiv(N, 128) + n_block * BLOCK_N // 128) * steps + begin
+        a_at = token_group_scales + row * steps + begin
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WEIGHT == "int4_int8" else tl.float32)
+    for k in tl.range(begin, end, num_stages=STAGES):
+        packed = tl.load(w_at)
+        if WEIGHT == "int4_int8":
+            acc = _products(packed, x_at, acc, WEIGHT, NATIVE)
+        else:
+            partial = _products(packed, x_at, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), WEIGHT, NATIVE)
+            if SCALES == "group":
+                acc += partial * tl.load(s_at)[:, None]
+                if GROUP_STEPS == 1:
+                    s_at += N
+                else:
+                    s_at += tl.where((k + 1) % GROUP_STEPS == 0, N, 0)
+            elif SCALES == "block":
+                acc += partial * (tl.load(s_at) * tl.load(a_at))[None, :]
+                s_at += 1
+                a_at += 1
+            else:
+                acc += partial
+        w_at += 64 * BYTES
+        x_at += 128
+    y = acc.to(tl.float32) * FACTOR
+    if ROW_SCALE:
+        y *= tl.load(row_scale + expert * N + n_block * BLOCK_N + n)[:, None]
+    if TOKEN_SCALE:
+        y *= tl.load(token_scale + row)[None, :]
+    if EXPERT_SCALE:
+        y *= tl.load(expert_scale + expert)
+    out_row = (split.to(tl.int64) * assignments + first + t) * N + n_block * BLOCK_N
+    tl.store(out + out_row[:, None] + n[None, :], tl.trans(y).to(out.dtype.element_ty), mask=inside[:, None])

@@ -1,0 +1,64 @@
+"""How the grouped GEMM is launched: one fixed, measured configuration for each class of tokens an expert.
+
+Classes are by the average number of assignments an expert, which the shapes alone tell. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mxconv.runtime.kernels.moe_pack import STEP, Kind
+
+PROGRAMS = 528
+"""K is split until there are about this many programs: four for each multiprocessor of an H200."""
+SPLIT_ASSIGNMENTS = 64
+"""Above this many assignments K is not split: partial sums would be most of the traffic."""
+MIN_STEPS = 4
+"""Steps of K that a split has at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Block sizes and launch parameters of one GEMM."""
+
+    block_n: int
+    block_t: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+_SAME = (
+    (12, Launch(block_n=128, block_t=16, warps=4, stages=5)), (24, Launch(block_n=128, block_t=32, warps=4, stages=4)),
+    (48, Launch(block_n=128, block_t=64, warps=8, stages=4)), (1 << 30, Launch(block_n=128, block_t=128, warps=8, stages=4)),
+)  # fmt: skip
+_BLOCKS: Mapping[Kind, tuple[tuple[int, Launch], ...]] = {"int4_e4m3": _SAME, "int4_int8": _SAME, "e4m3": _SAME}
+"""Inner loop → (assignments an expert up to which it holds, blocks)."""
+
+
+def block_tokens(kind: Kind, assignments: int, experts: int) -> int:
+    """Tokens of a tile: both GEMMs of a layer share the tiles."""
+    return _blocks(kind, assignments, experts).block_t
+
+
+def _blocks(kind: Kind, assignments: int, experts: int) -> Launch:
+    return next(launch for limit, launch in _BLOCKS[kind] if assignments <= limit * experts)
+
+
+def max_tiles(assignments: int, experts: int, block_t: int) -> int:
+    """Tiles that any distribution of `assignments` over `experts` needs at the most."""
+    return max(1, min(assignments, assignments // block_t + experts))
+
+
+def launch_of(kind: Kind, assignments: int, experts: int, n: int, k: int) -> Launch:
+    """The launch of a GEMM of [assignments, k] with experts [n, k]."""
+    blocks = _blocks(kind, assignments, experts)
+    block_n = blocks.block_n if n % blocks.block_n == 0 else 64
+    splits = 1
+    if assignments <= SPLIT_ASSIGNMENTS:
+        programs = -(-n // block_n) * max_tiles(assignments, experts, blocks.block_t)
+        steps = k // STEP
+        while programs * splits * 2 <= PROGRAMS * 2 and steps // (splits * 2) >= MIN_STEPS:
+            splits *= 2
+    return Launch(block_n=block_n, block_t=blocks.block_t, warps=blocks.warps, stages=blocks.stages, splits=splits)
