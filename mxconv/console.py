@@ -150,6 +150,12 @@ class Console(Progress):
         else:
             self.document("error", error_payload(error))
 
+    def mute(self) -> None:
+        """Say nothing any more, of any kind: another process speaks."""
+        self.close()
+        self._meters = []
+        self._broken |= {id(self._stdout), id(self._stderr)}
+
     def close(self) -> None:
         """Take down what is drawn live and end a running phase without a summary; the console can still speak."""
         for meter in self._meters:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -37,12 +38,23 @@ class MxconvError(Exception):
         self.hint = hint
         super().__init__(self.render())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled whole: a failure travels from one process to another."""
+        return _remade, (type(self), self.args, dict(self.__dict__))
+
     def render(self) -> str:
         """One line (two with a hint): `where: what (expected …, got …)`."""
         head = f"{self.where}: {self.what}" if self.where else self.what
         facts = [f"{word} {value}" for word, value in (("expected", self.expected), ("got", self.got)) if value is not None]
         line = f"{head} ({', '.join(facts)})" if facts else head
         return f"{line}\nhint: {self.hint}" if self.hint else line
+
+
+def _remade(kind: type[MxconvError], args: tuple[Any, ...], fields: dict[str, Any]) -> MxconvError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class UsageError(MxconvError):

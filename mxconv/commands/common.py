@@ -62,14 +62,19 @@ def options(*names: str) -> Callable[[F], F]:
 
 
 @contextmanager
-def session(command: str, flags: Mapping[str, Any], *, stream: bool = False) -> Iterator[tuple[Settings, Console]]:
-    """Settings and a console for one command; an error inside is shown and ends the process with its exit code."""
+def session(
+    command: str, flags: Mapping[str, Any], *, stream: bool = False, follower: bool = False
+) -> Iterator[tuple[Settings, Console]]:
+    """Settings and a console for one command; an error inside is shown and ends the process with its exit code.
+
+    A `follower` is one of several processes of a command and leaves JSON on stdout to the first.
+    """
     given = {name: (value or None) if name == "verbose" else value for name, value in flags.items()}
-    console = Console(json=bool(flags.get("json")), stream=stream)
+    console = Console(json=bool(flags.get("json")) and not follower, stream=stream)
     try:
         settings = resolve(given, command=command)
         console = Console(
-            json=settings.json, stream=stream, quiet=settings.quiet, verbose=settings.verbose, progress=settings.progress
+            json=settings.json and not follower, stream=stream, quiet=settings.quiet, verbose=settings.verbose, progress=settings.progress
         )  # fmt: skip
         with console, _terminable(), _logged(console):
             for note in settings.notes:

@@ -41,6 +41,10 @@ class Vocabulary:
 
     def _lookup(self, rank: int, ids: Tensor) -> Tensor:
         local = ids - rank * self.each
+        kept = self._kept.get(rank)
+        if kept is not None:  # without asking the device which ids are here
+            here = (local >= 0) & (local < self.each)
+            return torch.where(here[..., None], F.embedding(local.clamp(0, self.each - 1), kept), 0.0)
         found = torch.zeros(*ids.shape, self._weights.config.hidden_size, dtype=self._dtype, device=self._device)
         for start in range(0, self.each, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, self.each)
@@ -50,10 +54,14 @@ class Vocabulary:
         return found
 
     def logits(self, x: Tensor, block: int) -> Iterator[tuple[int, Tensor]]:
-        """(first id, x·rowsᵀ [..., n]) for runs of up to `block` ids in order, padding rows left out."""
-        for rank in self._group.ranks:
+        """(first id, x·rowsᵀ [..., n]) for runs of up to `block` ids in order, padding rows left out; the same in every process."""
+        for rank in range(self._group.size):
             first = rank * self.each
             for start in range(0, self.each, block):
                 stop = min(start + block, self.each, self.size - first)
                 if start < stop:
-                    yield first + start, F.linear(x, self.rows(rank, start, stop))
+                    yield first + start, self._share(x, rank, start, stop)
+
+    def _share(self, x: Tensor, rank: int, start: int, stop: int) -> Tensor:
+        shape = (*x.shape[:-1], stop - start)
+        return self._group.share(rank, lambda: F.linear(x, self.rows(rank, start, stop)), shape, x)

@@ -8,7 +8,8 @@ it; experts that see no token are held to the largest absmax of their layer, whi
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +132,47 @@ def _absmax(gathered: Mapping[Key, float], layer: int, name: str) -> float:
     return max((value for (at, other), value in gathered.items() if at == layer and other.endswith(f".{projection}")), default=0.0)
 
 
-def check_scales(
-    root: Path, artifact: Weights, source: Weights, stored: Stored, limits: Limits, device: torch.device, progress: Progress
-) -> tuple[list[Finding], float | None]:  # fmt: skip
-    """Gather and judge; a recording that is missing or broken is a finding."""
-    if artifact.scheme is None or not artifact.scheme.static:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """Absmaxes of the source on the recorded tokens, or why there are none."""
+
+    absmax: Mapping[Key, float] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+
+def gather_step(
+    root: Path, artifact: Weights, source: Weights, device: torch.device, progress: Progress
+) -> Callable[[], Gathered] | None:
+    """What gathers for `artifact` in `root` on the whole `source`; None where there is no static scale to judge.
+
+    A recording that is missing or broken is a finding.
+    """
+    scheme = artifact.scheme
+    if scheme is None or not scheme.static or not _any_quantized(artifact):
+        return None
+
+    def step() -> Gathered:
+        try:
+            ids = recorded_tokens(root, artifact.config.vocab_size)
+        except MxconvError as error:
+            return Gathered(findings=tuple(from_error(error, CHECK)))
+        return Gathered(absmax=gather(source, ids, scheme, device, progress))
+
+    return step
+
+
+def _any_quantized(artifact: Weights) -> bool:
+    layers = range(artifact.config.num_layers)
+    experts = ((layer, name) for layer in layers for name in artifact.names(layer) if name.startswith("experts."))
+    return any(artifact.stored(layer, name, 0)[0].endswith("quant_weight") for layer, name in experts)
+
+
+def judge_gathered(
+    artifact: Weights, stored: Stored, gathered: Gathered, limits: Limits
+) -> tuple[list[Finding], float | None]:
+    """(findings, largest factor) of what `gather_step` gave."""
+    if not stored:
         return [], None
-    try:
-        ids = recorded_tokens(root, artifact.config.vocab_size)
-    except MxconvError as error:
-        return from_error(error, CHECK), None
-    return judge_scales(artifact, stored, gather(source, ids, artifact.scheme, device, progress), limits)
+    if gathered.findings:
+        return list(gathered.findings), None
+    return judge_scales(artifact, stored, gathered.absmax, limits)

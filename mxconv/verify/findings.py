@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from mxconv.errors import MxconvError, Problems, printable
@@ -70,7 +69,7 @@ class Section:
     findings: tuple[Finding, ...] = ()
     checks: tuple[str, ...] = ()
     """Everything that was looked at; a finding's `check` is one of them or a new word."""
-    figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    figures: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def document(self) -> dict[str, Any]:

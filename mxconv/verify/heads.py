@@ -114,6 +114,22 @@ def aligned(streams: Sequence[Iterator[tuple[int, Tensor]]]) -> Iterator[tuple[i
                 held[index] = following
 
 
+def block_of(pairs: Sequence[tuple[str, str]], ids: Tensor, memory_bytes: int) -> int:
+    """Vocabulary rows of a block when `pairs` are compared on `ids` [windows, T]."""
+    return block_rows(ids[:, 1:].numel(), len({name for pair in pairs for name in pair}), memory_bytes)
+
+
+def accompany(sides: Sequence[Side], block: int) -> None:
+    """The part in `compare` of the processes that do not score: to compute their ranks' logits of `sides`, and hand them on.
+
+    `sides` are those that all processes run, in the order of their names. They end their blocks at the same ids, so that they
+    are asked for in the same order whatever else stands beside them in `compare`.
+    """
+    with torch.inference_mode():
+        for _ in aligned([_blocks(side, block) for side in sides]):
+            pass
+
+
 def compare(
     sides: Mapping[str, Side], pairs: Sequence[tuple[str, str]], ids: Tensor, memory_bytes: int
 ) -> dict[tuple[str, str], TokenScores]:
@@ -121,7 +137,7 @@ def compare(
     names = sorted({name for pair in pairs for name in pair})
     device = sides[names[0]].hidden.device
     targets = ids[:, 1:].flatten().to(device)
-    block = block_rows(len(targets), len(names), memory_bytes)
+    block = block_of(pairs, ids, memory_bytes)
     softmax = {name: Softmax(targets) for name in names}
     sums = {pair: Pair(len(targets), device) for pair in pairs}
     with torch.inference_mode():

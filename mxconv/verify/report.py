@@ -38,6 +38,8 @@ class Report:
     tp: int
     sections: tuple[Section, ...]
     limits: Mapping[str, float]
+    processes: int = 1
+    """How many computed it together."""
     metrics_version: int = METRICS_VERSION
 
     @property
@@ -63,8 +65,9 @@ class Report:
         """JSON values, for `Console.document("verify", …)`."""
         return {
             "ok": self.ok, "artifact": str(self.artifact), "source": None if self.source is None else str(self.source),
-            "scheme": self.scheme, "layout": self.layout, "tp": self.tp, "metrics_version": self.metrics_version,
-            "limits": dict(self.limits), "sections": {section.name: section.document() for section in self.sections},
+            "scheme": self.scheme, "layout": self.layout, "tp": self.tp, "processes": self.processes,
+            "metrics_version": self.metrics_version, "limits": dict(self.limits),
+            "sections": {section.name: section.document() for section in self.sections},
         }  # fmt: skip
 
     def junit(self) -> bytes:

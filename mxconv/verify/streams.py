@@ -1,21 +1,25 @@
 """Several models advance over the same tokens side by side, layer by layer; between layers only hidden states live.
 
 A *lane* is one model with one way to treat activations. Lanes that share a model share its layer: attention weights are widened
-once for both, one expert at a time. After every layer each lane's hidden states are compared with the first lane's on a sample
+once for both, one expert at a time. Over several processes a lane is either run by all of them, each computing its ranks, or by
+one of them alone; they keep in step layer by layer. After every layer each lane's hidden states are compared with the first lane's on a sample
 of tokens (`probes`), spread evenly over all windows, so that a stored reference can keep every layer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mxconv.errors import MxconvError
 from mxconv.progress import SILENT, Progress
 from mxconv.runtime import Model
+from mxconv.runtime.batch import Batch
 from mxconv.runtime.linear import Activations
+from mxconv.runtime.world import ALONE, World
 
 PROBES = 256
 
@@ -27,6 +31,8 @@ class Lane:
     name: str
     model: Model
     activations: Activations = "quantized"
+    owner: int | None = None
+    """The process that runs it alone; None for one that all of them run."""
 
 
 def probe_indices(windows: int, length: int, probes: int = PROBES) -> Tensor:
@@ -50,29 +56,72 @@ class Trace:
     probes: Tensor
 
 
-def run(lanes: Sequence[Lane], ids: Tensor, progress: Progress = SILENT) -> dict[str, Trace]:
-    """Advance all `lanes` over `ids` int64 [windows, T] from embedding to last layer; traces by name.
+def run(lanes: Sequence[Lane], ids: Tensor, progress: Progress = SILENT, world: World = ALONE) -> dict[str, Trace]:
+    """Advance all `lanes` over `ids` int64 [windows, T] from embedding to last layer; traces of this process's lanes by name.
 
-    The models have the same number of layers.
+    The models have the same number of layers. What fails in one process is raised in all.
     """
-    models = list(dict.fromkeys(lane.model for lane in lanes))
-    layers = models[0].config.num_layers if models else 0
-    index = probe_indices(*ids.shape)
-    hidden: dict[str, Tensor] = {}
-    probes: dict[str, list[Tensor]] = {lane.name: [] for lane in lanes}
+    running = _Running(ids)
+    together = [lane for lane in lanes if lane.owner is None]
+    apart = [lane for lane in lanes if lane.owner == world.rank]
+    layers = (together or apart)[0].model.config.num_layers if lanes else 0
     with torch.inference_mode():
-        batches = {id(model): model.batch(ids) for model in models}
-        for lane in lanes:
-            hidden[lane.name] = lane.model.embed(ids)
-        for number in range(layers):
-            for model in models:
-                with model.layer(number) as layer:
-                    for lane in (lane for lane in lanes if lane.model is model):
-                        x = layer(hidden[lane.name], batches[id(model)], activations=lane.activations)
-                        hidden[lane.name] = x
-                        probes[lane.name].append(x.flatten(0, 1)[index.to(x.device)].float().cpu())
-            progress.advance(0, f"layer {number + 1} of {layers}, {len(lanes)} passes side by side")
-    return {lane.name: Trace(hidden=hidden[lane.name], probes=torch.stack(probes[lane.name])) for lane in lanes}
+        for number in range(-1, layers):
+            # Lanes of all processes first: whoever has lanes of its own computes them while the others wait at the next layer.
+            running.advance(together, number)
+            error: MxconvError | None = None
+            try:
+                running.advance(apart, number)
+            except MxconvError as caught:
+                error = caught
+            world.agree(error)
+            if number >= 0:
+                progress.advance(0, f"layer {number + 1} of {layers}, {len(lanes)} passes side by side")
+    return running.traces()
+
+
+class _Running:
+    """Hidden states and probes of lanes on their way."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.index = ids, probe_indices(*ids.shape)
+        self.hidden: dict[str, Tensor] = {}
+        self.probes: dict[str, list[Tensor]] = {}
+        self.batches: dict[int, Batch] = {}
+
+    def advance(self, lanes: Iterable[Lane], number: int) -> None:
+        """Take `lanes` through layer `number`; through the embedding for -1."""
+        lanes = list(lanes)
+        for model in dict.fromkeys(lane.model for lane in lanes):
+            own = [lane for lane in lanes if lane.model is model]
+            if number < 0:
+                self.batches[id(model)] = model.batch(self.ids)
+                for lane in own:
+                    self.hidden[lane.name], self.probes[lane.name] = model.embed(self.ids), []
+                continue
+            with model.layer(number) as layer:
+                for lane in own:
+                    x = layer(self.hidden[lane.name], self.batches[id(model)], activations=lane.activations)
+                    self.hidden[lane.name] = x
+                    self.probes[lane.name].append(x.flatten(0, 1)[self.index.to(x.device)].float().cpu())
+
+    def traces(self) -> dict[str, Trace]:
+        """Where the lanes arrived."""
+        return {name: Trace(hidden=x, probes=torch.stack(self.probes[name])) for name, x in self.hidden.items()}
+
+
+def gathered(traces: Mapping[str, Trace], lanes: Sequence[Lane], device: torch.device, world: World) -> dict[str, Trace]:
+    """At rank 0 the traces of all `lanes`; elsewhere `traces`, which are those of this process's own."""
+    found = dict(traces)
+    for lane in lanes:
+        if lane.owner is None:
+            continue
+        mine = traces.get(lane.name)
+        hidden = world.fetch(lane.owner, None if mine is None else mine.hidden)
+        probes = world.fetch(lane.owner, None if mine is None else mine.probes)
+        if hidden is not None and probes is not None:
+            found[lane.name] = Trace(hidden=hidden.to(device), probes=probes)
+    return found
 
 
 def layer_errors(traces: Mapping[str, Trace], reference: Tensor) -> dict[str, list[float]]:

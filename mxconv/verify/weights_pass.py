@@ -1,12 +1,13 @@
-"""One pass over all weights of an artifact: each is read once for all ranks, held against its source and against the other ranks.
+"""A pass over all weights of an artifact: each is read once for all ranks, held against its source and against the other ranks.
 
 At any moment one weight of all ranks and of the source is in memory: at most one expert's projection of each side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -49,28 +50,61 @@ class Outcome:
     activation_scales: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
     """(layer, name) → activation_scale of each rank."""
     weights: int = 0
+    unexplained: dict[int, tuple[int | None, str, int]] = field(default_factory=dict)
+    """Index in `numerics` → (layer, name, rank) of the wrong weight whose last finding that is."""
+
+    @classmethod
+    def of(cls, parts: Iterable[Outcome]) -> Outcome:
+        """All `parts` in order."""
+        whole = cls()
+        for part in parts:
+            whole.unexplained |= {len(whole.numerics) + index: wrong for index, wrong in part.unexplained.items()}
+            whole.numerics += part.numerics
+            whole.parallel += part.parallel
+            whole.measured += part.measured
+            whole.activation_scales |= part.activation_scales
+            whole.weights += part.weights
+            for name, ids in part.zero_rows.items():
+                whole.zero_rows.setdefault(name, []).extend(ids)
+        return whole
 
 
 class WeightsPass:
-    """The pass; `source` is cut into as many ranks as the artifact, None when there is nothing to hold it against."""
+    """The pass, step by step; a step can be done in any process, and in any order.
+
+    `source` is cut into as many ranks as the artifact, None when there is nothing to hold it against.
+    """
 
     def __init__(self, artifact: Weights, source: Weights | None, judge: Judge | None, progress: Progress) -> None:
         self.artifact, self.source, self.judge, self.progress = artifact, source, judge, progress
         self.outcome = Outcome()
-        self.diagnosis = None if source is None else Diagnosis(artifact, source)
 
-    def run(self) -> Outcome:
-        """All weights, layer by layer."""
+    def steps(self) -> list[Callable[[], Outcome]]:
+        """A step a weight, layer by layer, with one for the names of a layer before and one for its decay rates behind them."""
+        steps: list[Callable[[], Outcome]] = []
         layers = self.artifact.config.num_layers
         for layer in (None, *range(layers)):
             words = "embedding and head" if layer is None else f"layer {layer + 1} of {layers}"
-            self._names(layer)
-            for name in self.artifact.names(layer):
-                self._one(layer, name)
-                self.progress.advance(0, words)
+            steps.append(partial(self._step, words, partial(self._names, layer)))
+            steps += [partial(self._step, words, partial(self._one, layer, name)) for name in self.artifact.names(layer)]
             if layer is not None:
-                self._rates(layer)
+                steps.append(partial(self._step, words, partial(self._rates, layer)))
+        return steps
+
+    def _step(self, words: str, look: Callable[[], None]) -> Outcome:
+        self.outcome = Outcome()
+        look()
+        self.progress.advance(0, words)
         return self.outcome
+
+    def explained(self, outcome: Outcome) -> Outcome:
+        """`outcome` of all steps, the first few wrong weights told with what they look like."""
+        if self.source is not None:
+            diagnosis = Diagnosis(self.artifact, self.source)
+            for index, wrong in outcome.unexplained.items():
+                finding = outcome.numerics[index]
+                outcome.numerics[index] = replace(finding, what=finding.what + diagnosis.explain(*wrong))
+        return outcome
 
     def _names(self, layer: int | None) -> None:
         """Both sides have the same weights; configs that agree leave no other way, files may be of another form."""
@@ -121,11 +155,10 @@ class WeightsPass:
         self._add(layer, name, rank, [] if found is None else [found])
 
     def _add(self, layer: int | None, name: str, rank: int, findings: list[Finding]) -> None:
-        """Take findings about one weight of one rank; the last is told with what the weight looks like."""
-        if findings and self.diagnosis is not None:
-            last = findings[-1]
-            findings[-1] = replace(last, what=last.what + self.diagnosis.explain(layer, name, rank))
+        """Take findings about one weight of one rank; the last is to be told with what the weight looks like."""
         self.outcome.numerics += findings
+        if findings:
+            self.outcome.unexplained[len(self.outcome.numerics) - 1] = layer, name, rank
 
     def _vocabulary(self, name: str, known: bool) -> None:
         """Embedding or head in blocks of rows; rows that are all zero are listed, padding must be."""
