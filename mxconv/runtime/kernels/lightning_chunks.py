@@ -180,16 +180,13 @@ def state_before(
 
 @triton.jit
 def lightning_outputs(
-    q, k, v, out, q_rows, k_rows, v_rows, rates, lengths, counts, initial, final, slots, local_states, reach,
+    q, k, v, out, rates, lengths, counts, initial, final, slots, local_states, reach,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, heads, segments,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
-    STARTED: tl.constexpr, POOLED: tl.constexpr, SEGMENTED: tl.constexpr, TMA: tl.constexpr,
+    STARTED: tl.constexpr, POOLED: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of each segment, and the state behind the last. Grid (column blocks · segments, heads, sequences).
-
-    `q_rows`, `k_rows`, `v_rows` are tensor descriptors [rows, width] of the same memory as q, k, v; read with TMA only.
-    """
+    """Outputs of each segment, and the state behind the last. Grid (column blocks · segments, heads, sequences)."""
     blocks: tl.constexpr = (D + BV - 1) // BV
     column = tl.program_id(0) % blocks * BV
     segment, head, sequence = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
@@ -203,7 +200,6 @@ def lightning_outputs(
         row_of_state = tl.load(slots + sequence).to(tl.int64)
         padding = row_of_state < 0
     row_of_state = row_of_state * heads + head
-    q_row, k_row, v_row = row.to(tl.int32), row.to(tl.int32), row.to(tl.int32)
     q += row * stride_qt + head * stride_qh
     k += row * stride_kt + head * stride_kh
     v += row * stride_vt + head * stride_vh
@@ -222,14 +218,9 @@ def lightning_outputs(
     pair, across = pair_decay(s, i + 1, C), tl.exp(-s * (i + 1).to(tl.float32))
     for start in tl.range(begin, full, C, num_stages=STAGES):
         far = tl.cast(start, tl.int64)
-        if TMA:
-            b_q = q_rows.load([q_row + start, head * stride_qh])
-            b_k = k_rows.load([k_row + start, head * stride_kh])
-            b_v = v_rows.load([v_row + start, head * stride_vh + column])
-        else:
-            b_q = load_whole_tile(q + far * stride_qt, stride_qt, i, d, D, DP, SILU)
-            b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
-            b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
+        b_q = load_whole_tile(q + far * stride_qt, stride_qt, i, d, D, DP, SILU)
+        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
+        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
         o = attended(state, b_q, b_k, b_v, pair, across, PRECISION)
         state = moved(state, b_k, b_v, s, i + 1, tl.full((), C, tl.int32), PRECISION)
         o_pointers = out + far * stride_ot + i[:, None] * stride_ot + n[None, :]

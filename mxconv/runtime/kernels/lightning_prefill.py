@@ -40,31 +40,29 @@ class Launch:
     stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What decides a launch: head_dim padded to a power of two, and whether operands take two bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launches:
+    """Of the output pass, the state pass, and the output pass on Hopper (None: never)."""
 
-    size: int
-    half: bool
+    outputs: Launch
+    states: Launch
+    hopper: Launch | None = None
 
 
-OUTPUTS: Mapping[Shape, Launch] = {
-    Shape(64, True): Launch(columns=64, chunk=64, warps=4, stages=4),
-    Shape(128, True): Launch(columns=64, chunk=64, warps=4, stages=4),
-    Shape(256, True): Launch(columns=64, chunk=64, warps=8, stages=2),
-    Shape(64, False): Launch(columns=32, chunk=32, warps=4, stages=2),
-    Shape(128, False): Launch(columns=32, chunk=32, warps=4, stages=2),
-    Shape(256, False): Launch(columns=32, chunk=32, warps=8, stages=1),
+def _launch(columns: int, chunk: int, warps: int, stages: int) -> Launch:
+    return Launch(columns=columns, chunk=chunk, warps=warps, stages=stages)
+
+
+_HOPPER = _launch(64, 64, 4, 4)
+LAUNCHES: Mapping[tuple[int, bool], Launches] = {
+    (64, True): Launches(outputs=_launch(64, 64, 4, 4), states=_launch(64, 64, 4, 4), hopper=_HOPPER),
+    (128, True): Launches(outputs=_launch(64, 64, 4, 4), states=_launch(128, 64, 8, 4), hopper=_HOPPER),
+    (256, True): Launches(outputs=_launch(32, 64, 4, 2), states=_launch(64, 64, 8, 3)),
+    (64, False): Launches(outputs=_launch(32, 32, 4, 2), states=_launch(32, 32, 4, 2)),
+    (128, False): Launches(outputs=_launch(32, 32, 4, 2), states=_launch(32, 32, 4, 2)),
+    (256, False): Launches(outputs=_launch(32, 32, 8, 1), states=_launch(32, 32, 8, 1)),
 }
-STATES: Mapping[Shape, Launch] = {
-    Shape(64, True): Launch(columns=64, chunk=64, warps=4, stages=4),
-    Shape(128, True): Launch(columns=128, chunk=64, warps=8, stages=4),
-    Shape(256, True): Launch(columns=64, chunk=64, warps=8, stages=3),
-    Shape(64, False): Launch(columns=32, chunk=32, warps=4, stages=2),
-    Shape(128, False): Launch(columns=32, chunk=32, warps=4, stages=2),
-    Shape(256, False): Launch(columns=32, chunk=32, warps=8, stages=1),
-}
-"""Measured on an H200, one entry for each class of shapes. The two tables may differ: chunks need not match."""
+"""By head_dim padded to a power of two (64 at least), and whether operands take two bytes; measured on an H200."""
 
 
 @cache
@@ -77,6 +75,14 @@ def _processors(device: torch.device) -> int:
 def _copies_tiles(device: torch.device) -> bool:
     """Whether `device` has the tensor copy engine (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def _shared_layout(rows: int, width: int, dtype: torch.dtype) -> Any:
+    """How a tile [rows, width] lies in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([rows, width], getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,24 +145,6 @@ def segments_of(packed: Packed, columns: int, device: torch.device) -> int:
     return max(1, min(_processors(device) // programs, typical // SHORTEST_SEGMENT))
 
 
-def _descriptors(tensors: tuple[Tensor, ...], strides: tuple[tuple[int, int], ...], packed: Packed, launch: Launch) -> Any:
-    """Tensor descriptors of q, k, v as [rows, width], or None where the copy engine cannot read them."""
-    fits = packed.rows >= launch.chunk and packed.size == max(16, 1 << (packed.size - 1).bit_length())
-    bytes_of = tensors[0].element_size()
-    for x, pair in zip(tensors, strides, strict=True):
-        fits = fits and x.data_ptr() % 16 == 0 and all(stride * bytes_of % 16 == 0 for stride in pair)
-    if not fits or not _copies_tiles(tensors[0].device):
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    def describe(x: Tensor, pair: tuple[int, int], width: int) -> Any:
-        shape = [packed.rows, (packed.heads - 1) * pair[1] + packed.size]
-        return TensorDescriptor(x, shape, [pair[0], 1], [launch.chunk, width])
-
-    widths = (packed.size, packed.size, launch.columns)
-    return tuple(describe(x, pair, width) for x, pair, width in zip(tensors, strides, widths, strict=True))
-
-
 class _Call:
     """One call: what its two kernels share."""
 
@@ -174,12 +162,14 @@ class _Call:
             "D": packed.size, "DP": self.padded,
         }  # fmt: skip
 
+    def _grid(self, launch: Launch, segments: int) -> tuple[int, int, int]:
+        columns = -(-self.packed.size // min(launch.columns, self.padded))
+        return columns * segments, self.packed.heads, self.packed.sequences
+
     def _launch(self, kernel: Any, launch: Launch, segments: int, *arguments: object, **flags: object) -> None:
-        columns = min(launch.columns, self.padded)
-        grid = (-(-self.packed.size // columns) * segments, self.packed.heads, self.packed.sequences)
-        kernel[grid](
+        kernel[self._grid(launch, segments)](
             *arguments, self.packed.tokens, self.packed.heads, self.segments, **self.flags, **flags,
-            BV=columns, C=launch.chunk, STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+            BV=min(launch.columns, self.padded), C=launch.chunk, STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
     def run_states(self, launch: Launch) -> Tensor:
@@ -196,26 +186,54 @@ class _Call:
         )  # fmt: skip
         return local_states
 
-    def run_outputs(self, launch: Launch, local_states: Tensor | None, state: Tensor | None, final: Tensor | None, slots: Tensor | None) -> None:
-        """Write `out` and `final`."""
-        from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
-
-        tensors = self.q, self.k, self.v
-        plain = not (self.flags["MASKED"] or self.flags["SILU"])
-        rows = _descriptors(tensors, self.strides[:3], self.packed, launch) if plain else None
-        nothing = self.rates  # never read: its flag is off
-        self._launch(
-            lightning_outputs, launch, self.segments, *tensors, self.out, *(rows or tensors), self.rates, self.lengths, self.counts,
+    def run_outputs(self, launches: Launches, local_states: Tensor | None, state: Tensor | None, final: Tensor, slots: Tensor | None) -> None:
+        """Write `out` and `final`, by the Hopper kernel where its conditions are met."""
+        tensors, nothing = (self.q, self.k, self.v, self.out), self.rates  # `nothing` is never read: its flag is off
+        rows = self._hopper_rows(launches.hopper)
+        flags = {"STARTED": state is not None, "POOLED": slots is not None, "SEGMENTED": self.segments > 1}
+        behind = (
             nothing if state is None else state, final, nothing if slots is None else slots,
             nothing if local_states is None else local_states, REACH[self.q.dtype], *(n for pair in self.strides for n in pair),
-            STARTED=state is not None, POOLED=slots is not None, SEGMENTED=self.segments > 1, TMA=rows is not None,
+        )  # fmt: skip
+        if rows is not None and launches.hopper is not None:
+            from mxconv.runtime.kernels.lightning_hopper import hopper_outputs
+
+            grid = self._grid(launches.hopper, self.segments)
+            hopper_outputs[grid](
+                *tensors, *rows, self.rates, self.lengths, *behind, self.packed.tokens, self.packed.heads, self.segments,
+                D=self.packed.size, BV=launches.hopper.columns, C=launches.hopper.chunk, STAGES=launches.hopper.stages,
+                VARLEN=self.flags["VARLEN"], num_warps=launches.hopper.warps, **flags,
+            )  # fmt: skip
+            return
+        from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
+
+        self._launch(lightning_outputs, launches.outputs, self.segments, *tensors, self.rates, self.lengths, self.counts, *behind, **flags)
+
+    def _hopper_rows(self, launch: Launch | None) -> tuple[Any, ...] | None:
+        """Tensor descriptors of q, k, v and out as [rows, width], or None where the Hopper kernel cannot take this call."""
+        packed, tensors = self.packed, (self.q, self.k, self.v, self.out)
+        if launch is None or self.flags["MASKED"] or self.flags["SILU"] or packed.rows < launch.chunk or packed.size not in (64, 128):
+            return None
+        if not _copies_tiles(self.q.device) or self.q.element_size() != 2:
+            return None
+        if any(x.data_ptr() % 16 or pair[0] % 8 or pair[1] % 8 for x, pair in zip(tensors, self.strides, strict=True)):
+            return None
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        widths = (packed.size, packed.size, launch.columns, launch.columns)
+        return tuple(
+            TensorDescriptor(
+                x, [packed.rows, (packed.heads - 1) * pair[1] + packed.size], [pair[0], 1], [launch.chunk, width],
+                _shared_layout(launch.chunk, width, x.dtype),
+            )
+            for x, pair, width in zip(tensors, self.strides, widths, strict=True)
         )  # fmt: skip
 
 
 def lightning_prefill(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
     slots: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None, silu: bool = False,
-    launches: tuple[Launch, Launch] | None = None, segments: int | None = None,
+    launches: Launches | None = None, segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, states behind the last tokens) of whole sequences; out has the shape and dtype of q.
 
@@ -225,7 +243,7 @@ def lightning_prefill(
     tokens, not changed; None means zeros. With `slots` int [S], `state` is instead a pool [slots, N, D, D] whose rows are read,
     updated in place, and returned as the pool; slot -1 is a padding sequence: outputs 0, no state touched. Two sequences with
     one slot are the caller's error. mask: bool [B, T], False where a token is padding: output 0, nothing added or decayed.
-    silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` (outputs, states) and `segments`
+    silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` and `segments`
     override the measured ones.
 
     Nothing here waits for the GPU: how a batch is cut into segments is decided by the mean length of its sequences. Raises
@@ -234,13 +252,15 @@ def lightning_prefill(
     packed = _packed(q, k, v, rates, cu_seqlens, mask)
     _checked_states(state, slots, packed)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    final = q.new_empty((packed.sequences, packed.heads, packed.size, packed.size), dtype=torch.float32) if slots is None else state
+    if slots is None or state is None:
+        final = q.new_empty((packed.sequences, packed.heads, packed.size, packed.size), dtype=torch.float32)
+    else:
+        final = state
     if packed.sequences == 0 or packed.heads == 0:
-        return out, final  # type: ignore[return-value]
-    shape = Shape(max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2)
-    outputs, states = launches or (OUTPUTS[shape], STATES[shape])
-    segments = segments or segments_of(packed, outputs.columns, q.device)
+        return out, final
+    launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
+    segments = segments or segments_of(packed, launches.outputs.columns, q.device)
     call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, silu, segments)
-    local_states = call.run_states(states) if segments > 1 else None
-    call.run_outputs(outputs, local_states, state, final, slots)
-    return out, final  # type: ignore[return-value]
+    local_states = call.run_states(launches.states) if segments > 1 else None
+    call.run_outputs(launches, local_states, state, final, slots)
+    return out, final

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mxconv.errors import UsageError
-from mxconv.runtime.kernels.lightning_prefill import Launch, lightning_prefill
+from mxconv.runtime.kernels.lightning_prefill import LAUNCHES, Launch, Launches, lightning_prefill
 from tests.interpreted import interpreted, under_interpreter
 from tests.runtime.kernels.lightning_reference import BARS, Case, draw, error, expected
 
 test_in_the_interpreter = under_interpreter(__file__)
 
 SMALL = Launch(columns=16, chunk=16, warps=1, stages=1)
+CHUNKY = Launch(columns=16, chunk=64, warps=1, stages=1)
+
+
+def both(launch: Launch) -> Launches:
+    return Launches(outputs=launch, states=launch)
 
 
 def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: object) -> None:
@@ -35,15 +42,14 @@ def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 24)])
 def test_small(segments: int, dtype: torch.dtype, size: int) -> None:
     case = draw([0, 1, 37, 16], 2, size, dtype, "cpu", seed=segments)
-    agrees(case, launches=(SMALL, SMALL), segments=segments)
+    agrees(case, launches=both(SMALL), segments=segments)
 
 
 @interpreted
 def test_small_segments_look_back() -> None:
     # Segments are multiples of 128 tokens: three of them, the slow head needs them all, the fast one a halo.
     case = draw([300], 2, 16, torch.float32, "cpu", rates=[1e-3, 2.0])
-    chunky = Launch(columns=16, chunk=64, warps=1, stages=1)
-    agrees(case, packed=False, started=False, launches=(chunky, chunky), segments=3)
+    agrees(case, packed=False, started=False, launches=both(CHUNKY), segments=3)
 
 
 @interpreted
@@ -54,7 +60,7 @@ def test_small_masked_pool() -> None:
     pool[3], pool[1] = case.state
     q, k, v = (x.unflatten(0, (2, 21)) for x in (case.q, case.k, case.v))
     slots, mask = torch.tensor([3, 1]), case.mask.view(2, 21)
-    out, states = lightning_prefill(q, k, v, case.rates, pool, slots=slots, mask=mask, launches=(SMALL, SMALL), segments=2)
+    out, states = lightning_prefill(q, k, v, case.rates, pool, slots=slots, mask=mask, launches=both(SMALL), segments=2)
     want, want_states = expected(case, started=True)
     assert states is pool
     assert error(out.flatten(0, 1), want) <= 2e-6
@@ -63,6 +69,29 @@ def test_small_masked_pool() -> None:
 
 
 GPU = pytest.mark.gpu
+TRITON_ALONE = {size: dataclasses.replace(LAUNCHES[size, True], hopper=None) for size in (64, 128)}
+
+
+@GPU
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> None:
+    for lengths in ([64], [65], [640], [0, 1, 700, 64, 0, 2000, 130]):
+        case = draw(lengths, 8, size, dtype, "cuda", seed=len(lengths))
+        agrees(case, segments=segments)
+        agrees(case, segments=segments, launches=TRITON_ALONE[size])
+
+
+@GPU
+def test_rows_that_tensor_copies_cannot_read() -> None:
+    case = draw([500], 4, 128, torch.bfloat16, "cuda")
+    odd = torch.empty(500, 4, 3 * 128 + 1, dtype=torch.bfloat16, device="cuda")
+    for at, name in enumerate("qkv"):
+        view = odd[..., at * 128 + 1 : at * 128 + 129]
+        view.copy_(getattr(case, name))
+        setattr(case, name, view)
+    agrees(case)
 
 
 @GPU
