@@ -122,7 +122,11 @@ def lightning_states(
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Local state of each segment but the last. Grid (column blocks · (segments - 1), heads, sequences)."""
+    """Local state of each segment but the last. Grid (column blocks · (segments - 1), heads, sequences).
+
+    Walks backwards, each token decayed to the segment's end at once: S itself is never scaled, and the output pass, which starts
+    at the segment's first token, finds what was read last still in the cache.
+    """
     blocks: tl.constexpr = (D + BV - 1) // BV
     segment, head, sequence = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
     d, n, i = tl.arange(0, DP), tl.program_id(0) % blocks * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -134,20 +138,22 @@ def lightning_states(
     k += row * stride_kt + head * stride_kh
     v += row * stride_vt + head * stride_vh
     state = tl.zeros((DP, BV), tl.float32)
+    behind = count_before(counts, row, stop, MASKED)
     full = begin if MASKED else begin + (stop - begin) // C * C
-    for start in tl.range(begin, full, C, num_stages=STAGES):
-        far = tl.cast(start, tl.int64)
-        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
-        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
-        state = moved(state, b_k, b_v, s, i + 1, tl.full((), C, tl.int32), PRECISION)
-    before = count_before(counts, row, full, MASKED)
     for start in tl.range(full, stop, C, num_stages=1):
         far = tl.cast(start, tl.int64)
-        real, c, m = counted(counts, row, start, stop, before, C, MASKED)
+        real, c, _ = counted(counts, row, start, stop, 0, C, MASKED)
+        gap = behind - c if MASKED else behind - start - c
         b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP, SILU)
         b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV, SILU)
-        state = moved(state, b_k, b_v, s, c, m, PRECISION)
-        before += m
+        decayed = (b_v * tl.exp(-s * gap.to(tl.float32))[:, None]).to(b_v.dtype)
+        state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
+    for start in tl.range(0, full - begin, C, num_stages=STAGES):
+        far = tl.cast(full - C - start, tl.int64)
+        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
+        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
+        decayed = (b_v * tl.exp(-s * (stop - 1 - full + C + start - i).to(tl.float32))[:, None]).to(b_v.dtype)
+        state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
     place = ((sequence.to(tl.int64) * heads + head) * segments + segment) * D * D
     tl.store(local_states + place + d[:, None] * D + n[None, :], state, mask=(d < D)[:, None] & (n < D)[None, :])
 
