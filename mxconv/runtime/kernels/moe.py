@@ -10,17 +10,17 @@ and the hidden vector between the GEMMs stays in float32. Unquantized experts go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from mxconv.errors import UsageError
 from mxconv.quantize.schemes import FP8_BLOCK, INT4_MAX, ActivationRule, Scheme
 from mxconv.runtime.coded import Coded
-from mxconv.runtime.kernels.moe_activation import combine_kernel, quantize_kernel, swiglu_kernel
+from mxconv.runtime.kernels.moe_activation import combine, quantize_kernel, swiglu_kernel
+from mxconv.runtime.kernels.moe_dense import DenseExperts
 from mxconv.runtime.kernels.moe_gemm import grouped_gemm_kernel
 from mxconv.runtime.kernels.moe_pack import (
     ROWS,
@@ -33,38 +33,14 @@ from mxconv.runtime.kernels.moe_pack import (
     unpack_codes,
     unpack_scale,
 )  # fmt: skip
-from mxconv.runtime.kernels.moe_route import sort_kernel
-from mxconv.runtime.kernels.moe_table import Launch, block_tokens, launch_of, max_tiles
+from mxconv.runtime.kernels.moe_route import route
+from mxconv.runtime.kernels.moe_sort import Sorted, sort_assignments
+from mxconv.runtime.kernels.moe_table import Launch, block_tokens, launch_of
+
+__all__ = ["DenseExperts", "Matrix", "MoeExperts", "route"]
 
 FACTORS: dict[Kind, float] = {"int4_e4m3": 512.0 / INT4_MAX, "int4_int8": 1.0 / (16 * INT4_MAX), "e4m3": 1.0}
 """What a product of codes must be multiplied by, beside the scales: int4 codes are q·2⁻⁹ or 16·q, and scales are of q/7."""
-COMBINE_COLUMNS = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sorted:
-    """The assignments sorted by expert; see moe_route. int32: order [A], position [A], tiles [·, 3], ends [E]."""
-
-    order: Tensor
-    position: Tensor
-    tiles: Tensor
-    ends: Tensor
-
-
-def sort_assignments(chosen: Tensor, experts: int, block_t: int) -> Sorted:
-    """Sort `chosen` int [T, k] (an expert outside 0..E-1 is padding) by expert, in tiles of at most `block_t` assignments."""
-    assignments = chosen.numel()
-    tiles = max_tiles(assignments, experts, block_t)
-    sizes = (assignments, assignments, 3 * tiles, experts)
-    rounded = [-(-size // 4) * 4 for size in sizes]  # each part aligned to 16 bytes: one compiled kernel for all token counts
-    parts = torch.empty(sum(rounded), dtype=torch.int32, device=chosen.device).split(rounded)
-    order, position, table, ends = (part[:size] for part, size in zip(parts, sizes, strict=True))
-    chunk = min(1024, max(32, triton.next_power_of_2(assignments)))
-    sort_kernel[(experts + 1,)](
-        chosen, order, position, table, ends, assignments, tiles, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1),
-        BLOCK_T=block_t, CHUNK=chunk,
-    )  # fmt: skip
-    return Sorted(order=order, position=position, tiles=table, ends=ends)
 
 
 class Matrix:
@@ -140,11 +116,22 @@ class MoeExperts:
         self.up_gate = Matrix(scheme, experts, 2 * intermediate, hidden, device)
         self.down = Matrix(scheme, experts, hidden, intermediate, device)
 
+    @overload
     @classmethod
-    def pack(cls, scheme: Scheme, up_gate: Sequence[Coded], down: Sequence[Coded], device: torch.device) -> MoeExperts:
-        """All experts at once: up_gate [2I, H] (gate then up), down [H, I], as `Weights.coded` gives them."""
-        hidden, intermediate = down[0].codes.shape
-        experts = cls(scheme, len(down), hidden, intermediate, device)
+    def pack(cls, scheme: Scheme, up_gate: Sequence[Coded], down: Sequence[Coded], device: torch.device) -> MoeExperts: ...
+
+    @overload
+    @classmethod
+    def pack(cls, scheme: None, up_gate: Sequence[Tensor], down: Sequence[Tensor], device: torch.device) -> DenseExperts: ...
+
+    @classmethod
+    def pack(cls, scheme: Scheme | None, up_gate: Sequence[Any], down: Sequence[Any], device: torch.device) -> Any:
+        """All experts at once: up_gate [2I, H] (gate then up), down [H, I], as `Weights.coded` or `dense` gives them."""
+        experts: MoeExperts | DenseExperts
+        if scheme is None:
+            experts = DenseExperts(len(down), *down[0].shape, down[0].dtype, device)
+        else:
+            experts = cls(scheme, len(down), *down[0].codes.shape, device)
         for expert, pair in enumerate(zip(up_gate, down, strict=True)):
             experts.put(expert, *pair)
         return experts
@@ -173,7 +160,7 @@ class MoeExperts:
         partial = self.multiply(self.up_gate, codes, scales, rows, ordered, x.dtype)
         codes, scales = self.quantize_hidden(partial, chosen, ordered)
         partial = self.multiply(self.down, codes, scales, None, ordered, x.dtype)
-        return self.combine(partial, ordered, weights, x.dtype)
+        return combine(partial, ordered.position, weights, x.dtype)
 
     def multiply(
         self, matrix: Matrix, codes: Tensor, scales: Tensor, rows: Tensor | None, ordered: Sorted, dtype: torch.dtype
@@ -215,18 +202,3 @@ class MoeExperts:
             **_rule_constants(rule, rotation, rule.rint_down_input), num_warps=_warps(size),
         )  # fmt: skip
         return codes, scales
-
-    def combine(self, partial: Tensor, ordered: Sorted, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """y [T, H] of the down partial sums [splits, A, H]."""
-        splits, rows, hidden = partial.shape
-        y = torch.empty(len(weights), hidden, dtype=dtype, device=partial.device)
-        combine_kernel[(len(weights), -(-hidden // COMBINE_COLUMNS))](
-            partial, ordered.position, weights, y, hidden, rows, SIZE=COMBINE_COLUMNS, PER_TOKEN=weights.shape[1], SPLITS=splits
-        )
-        return y
-
-
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """torch's grouped matrix product: x [A, K] sorted by expert, weight [E, N, K], ends int32 [E] → [A, N]."""
-    transposed = weight.transpose(-2, -1)
-    return F.grouped_mm(x, transposed, offs=ends) if hasattr(F, "grouped_mm") else torch._grouped_mm(x, transposed, offs=ends)

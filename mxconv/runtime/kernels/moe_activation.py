@@ -9,8 +9,12 @@ RULE is "token" (absmax/divisor of the row), "token_group" (of runs of 128) or "
 unnormalised Walsh-Hadamard butterfly, stages 1, 2, 4 … as in formats.md §2. NaN stays NaN in e4m3; an int8 code has no NaN.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+COMBINE_COLUMNS = 1024
 
 
 @triton.jit
@@ -137,3 +141,13 @@ def combine_kernel(
                 part += tl.load(partial + (row + assignments * split) * H + h, mask=h < H, other=0.0).to(tl.float32)
             total += part * tl.load(weights + token * PER_TOKEN + j)
     tl.store(y + token * H + h, total.to(y.dtype.element_ty), mask=h < H)
+
+
+def combine(partial: Tensor, position: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [T, H] of partial outputs [splits, A, H], position int32 [A] and weights float32 [T, k]; see the file."""
+    splits, rows, hidden = partial.shape
+    y = torch.empty(len(weights), hidden, dtype=dtype, device=partial.device)
+    combine_kernel[(len(weights), triton.cdiv(hidden, COMBINE_COLUMNS))](
+        partial, position, weights, y, hidden, rows, SIZE=COMBINE_COLUMNS, PER_TOKEN=weights.shape[1], SPLITS=splits
+    )
+    return y

@@ -46,9 +46,9 @@ def pack_codes(codes: Tensor, kind: Kind) -> Tensor:
     Raises MalformedInput for an int4 code outside -7..7, which the subnormal form cannot hold and no scheme writes.
     """
     n, k = codes.shape
-    tiles = codes.reshape(n // ROWS, ROWS, k // STEP, STEP).transpose(1, 2)
+    tiles = codes.reshape(n // ROWS, ROWS, k // STEP, STEP).transpose(1, 2).contiguous()
     if kind == "e4m3":
-        return tiles.contiguous()
+        return tiles
     if bool((codes < -INT4_MAX).any() | (codes > INT4_MAX).any()):
         found = f"{int(codes.min())}..{int(codes.max())}"
         raise MalformedInput("an int4 code is out of range", expected=f"-{INT4_MAX}..{INT4_MAX}", got=found)

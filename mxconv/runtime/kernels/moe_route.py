@@ -1,46 +1,57 @@
-"""Routing: router logits → softmax → the k largest, renormalised; then the assignments sorted by expert, all on the device.
+"""Routing: router logits → softmax → the k largest, renormalised.
 
-An assignment a = t·k + j is token t's j-th expert. Sorted, the assignments of one expert lie together, in order of a (stable):
-
-    order[s] = a, position[a] = s      s the place in the sorted order; padding (expert -1) comes last, with order and position -1
-    tiles[i] = (expert, first, count)  `count` ≤ BLOCK_T sorted assignments from `first` on; expert -1 where there is no tile
-    ends[e]             the end of expert e's in the sorted order
-
-There are at most min(A, A//BLOCK_T + E) tiles, known from the shapes alone, so no count ever travels to the host and all of it can
-be captured in a CUDA graph. Nothing is added atomically: results do not depend on timing.
+The router is float32 and its logits are exact to float32: a float32 weight is the sum of three bf16 numbers, a bf16 activation is
+one, and the tensor cores' products of two bf16 numbers are exact in their float32 sum. Nothing comes back to the host.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+SMALL = 64
+"""Tokens up to which the logits kernel takes 16 tokens a program and cuts the hidden size finely."""
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "share"])
 def logits_kernel(
-    x, router, logits, H, tokens, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, SHARE: tl.constexpr
-):
-    """Partial logits float32 [splits, tokens, EXPERTS] of x [tokens, H] and router float32 [EXPERTS, H]; program (token, split)."""
-    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    e, h = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H)
-    total = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(split * SHARE, tl.minimum(split * SHARE + SHARE, H), BLOCK_H):
+    x, router, logits, tokens, H, share, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Partial logits float32 [splits, tokens, EXPERTS] of x [tokens, H] and router float32 [EXPERTS, H], `share` of H a split.
+
+    EXACT: x is bf16 and the router is split into three bf16 parts; else the product is taken in float32, without tensor cores.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    t, e, h = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H)
+    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    x_at = x + t[:, None].to(tl.int64) * H
+    for start in range(split * share, tl.minimum(split * share + share, H), BLOCK_H):
         at = start + h
-        xv = tl.load(x + token * H + at, mask=at < H, other=0.0).to(tl.float32)
-        rv = tl.load(router + e[:, None] * H + at[None, :], mask=(e < EXPERTS)[:, None] & (at < H)[None, :], other=0.0)
-        total += tl.sum(rv * xv[None, :], axis=1)
-    tl.store(logits + (split * tokens + token) * EXPERTS + e, total, mask=e < EXPERTS)
+        xv = tl.load(x_at + at[None, :], mask=(t < tokens)[:, None] & (at < H)[None, :], other=0.0)
+        rv = tl.load(router + e[None, :] * H + at[:, None], mask=(e < EXPERTS)[None, :] & (at < H)[:, None], other=0.0)
+        if EXACT:
+            for _ in tl.static_range(3):
+                part = rv.to(tl.bfloat16)
+                total = tl.dot(xv, part, total)
+                rv -= part.to(tl.float32)
+        else:
+            total = tl.dot(xv.to(tl.float32), rv, total, input_precision="ieee")
+    out = (split.to(tl.int64) * tokens + t)[:, None] * EXPERTS + e[None, :]
+    tl.store(logits + out, total, mask=(t < tokens)[:, None] & (e < EXPERTS)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def top_kernel(
-    logits, chosen, weights, tokens, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits, chosen, weights, tokens, splits, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Softmax of the summed partial logits; chosen int32, weights float32 [tokens, K], largest first, ties to the lower expert."""
     t, e, j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     there = (t < tokens)[:, None] & (e < EXPERTS)[None, :]
     z = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for split in tl.static_range(SPLITS):
-        z += tl.load(logits + (split * tokens + t)[:, None] * EXPERTS + e[None, :], mask=there, other=0.0)
+    for split in range(splits):
+        z += tl.load(logits + (split * tokens + t)[:, None].to(tl.int64) * EXPERTS + e[None, :], mask=there, other=0.0)
     z = tl.where((e < EXPERTS)[None, :], z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
@@ -61,44 +72,29 @@ def top_kernel(
     tl.store(weights + out, tops, mask=inside)
 
 
-@triton.jit(do_not_specialize=["assignments", "max_tiles"])
-def sort_kernel(
-    chosen, order, position, tiles, ends, assignments, max_tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_T: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program an expert and one for the padding: each counts all assignments, then places its own. BINS: 2^n > EXPERTS."""
-    expert = tl.program_id(0)
-    bins, lane = tl.arange(0, BINS), tl.arange(0, CHUNK)
-    counts = tl.zeros((BINS,), tl.int32)
-    for start in range(0, assignments, CHUNK):
-        a = start + lane
-        ids = tl.load(chosen + a, mask=a < assignments, other=0).to(tl.int32)
-        ids = tl.where((ids < 0) | (ids >= EXPERTS), EXPERTS, ids)
-        counts += tl.histogram(ids, BINS, mask=a < assignments)
-    parts = tl.where(bins < EXPERTS, (counts + BLOCK_T - 1) // BLOCK_T, 0)
-    first = tl.sum(tl.where(bins < expert, counts, 0))
-    own = tl.sum(tl.where(bins == expert, counts, 0))
-    tile = tl.sum(tl.where(bins < expert, parts, 0))
-    tl.store(ends + expert, first + own, mask=expert < EXPERTS)
-    placed = first
-    for start in range(0, assignments, CHUNK):
-        a = start + lane
-        ids = tl.load(chosen + a, mask=a < assignments, other=0).to(tl.int32)
-        ids = tl.where((ids < 0) | (ids >= EXPERTS), EXPERTS, ids)
-        mine = (ids == expert) & (a < assignments)
-        at = placed + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-        if expert == EXPERTS:
-            tl.store(order + at, -1, mask=mine)
-            tl.store(position + a, -1, mask=mine)
-        else:
-            tl.store(order + at, a, mask=mine)
-            tl.store(position + a, at, mask=mine)
-        placed += tl.sum(mine.to(tl.int32))
-    i = tl.arange(0, 64)
-    last = tl.where(expert == EXPERTS, max_tiles - tile, (own + BLOCK_T - 1) // BLOCK_T)
-    for start in range(0, last, 64):
-        n = start + i
-        at = tiles + (tile + n) * 3
-        tl.store(at, tl.where(expert == EXPERTS, -1, expert), mask=n < last)
-        tl.store(at + 1, first + n * BLOCK_T, mask=n < last)
-        tl.store(at + 2, tl.minimum(own - n * BLOCK_T, BLOCK_T), mask=n < last)
+def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their shares: x [T, H], router float32 [E, H] → chosen int32 [T, k], weights float32 [T, k].
+
+    Softmax in float32 over all experts, the `per_token` largest (ties to the lower expert, largest first) divided by their sum.
+    A token whose logits hold NaN gets experts 0..k-1 with NaN weights.
+    """
+    (tokens, hidden), experts = x.shape, len(router)
+    x, router = x.contiguous(), router.to(torch.float32).contiguous()
+    block_t = 16 if tokens <= SMALL else 64
+    blocks = triton.cdiv(tokens, block_t)
+    share = 256 if tokens <= SMALL else triton.cdiv(hidden, max(1, 128 // blocks) * 64) * 64
+    splits, block_e = triton.cdiv(hidden, share), max(16, triton.next_power_of_2(experts))
+    logits = torch.empty(splits, tokens, experts, device=x.device)
+    chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=x.device)
+    weights = torch.empty(tokens, per_token, device=x.device)
+    if not tokens:
+        return chosen, weights
+    logits_kernel[(blocks, splits)](
+        x, router, logits, tokens, hidden, share, EXPERTS=experts, BLOCK_E=block_e, BLOCK_T=block_t, BLOCK_H=64,
+        EXACT=x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret, num_warps=4,
+    )  # fmt: skip
+    top_kernel[(triton.cdiv(tokens, 16),)](
+        logits, chosen, weights, tokens, splits, EXPERTS=experts, BLOCK_E=block_e, K=per_token,
+        BLOCK_K=triton.next_power_of_2(per_token), BLOCK_T=16, num_warps=4,
+    )  # fmt: skip
+    return chosen, weights

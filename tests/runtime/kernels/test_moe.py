@@ -56,7 +56,8 @@ def codes_of(x: Tensor, scheme: Scheme, scale: Tensor) -> Tensor:
 
 def check_quantized_input(scheme: Scheme, device: torch.device, tokens: int, hidden: int) -> None:
     """Codes and scales of the layer's input equal those of the plain twin to the bit; rotated ones but for near ties."""
-    from mxconv.runtime.kernels.moe import MoeExperts, sort_assignments
+    from mxconv.runtime.kernels.moe import MoeExperts
+    from mxconv.runtime.kernels.moe_sort import sort_assignments
     from mxconv.runtime.linear import quantize_activation
 
     pairs = random_experts(scheme, 3, hidden, 256)
@@ -96,7 +97,8 @@ def test_input_codes(scheme: Scheme) -> None:
 def check_gemm(scheme: Scheme, device: torch.device, rows: int, n: int, k: int, experts: int, bar: float) -> float:
     """One grouped GEMM on given codes against float64: relative L2; rows of no expert stay as they were."""
     from mxconv.runtime.coded import rotated_weight
-    from mxconv.runtime.kernels.moe import Matrix, sort_assignments
+    from mxconv.runtime.kernels.moe import Matrix
+    from mxconv.runtime.kernels.moe_sort import sort_assignments
     from mxconv.runtime.kernels.moe_table import block_tokens, launch_of
     from tests.runtime.kernels.moe_reference import random_coded
 
