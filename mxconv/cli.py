@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "check": ("check", "Check the integrity of an artifact or checkpoint against its manifest or headers."),
     "diff": ("diff", "Compare two checkpoints or artifacts weight by weight, across layouts; exits 8 when they differ."),
     "generate": ("generate", "Generate text from a checkpoint or an artifact."),
+    "bench": ("bench", "Measure decode, prefill, experts or the quantizer beside the machine's ceilings."),
     "demo": ("demo", "Inspect, quantize, verify and generate with the bundled model, in under a minute."),
     "completion": ("completion", "Print the shell completion script."),
 }

@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mxconv"
 LEVELS = {
     "errors": 0, "version": 0,
     "tensors": 1, "progress": 1, "jsonfiles": 1, "config": 1, "checkpoint": 1, "parsing": 1, "draw": 1, "documents": 1, "data": 1,
-    "placement": 2, "mapping": 2, "dispatch": 2,
+    "placement": 2, "mapping": 2, "dispatch": 2, "membership": 2,
     "quantize": 3, "runtime": 3, "artifact": 3, "text": 3, "chat": 3, "meter": 3,
     "source": 4, "plan": 4, "calibrate": 4, "settings": 4,
     "execute": 5,
     "verify": 6, "inspection": 6, "comparison": 6,
-    "console": 6, "completion": 6, "demo": 7, "commands": 8, "cli": 9, "__main__": 10, "__init__": 10,
+    "console": 6, "completion": 6, "demo": 7, "bench": 7, "commands": 8, "cli": 9, "__main__": 10, "__init__": 10,
 }  # fmt: skip
 # The judge and what it judges do not share code.
 FORBIDDEN = {"runtime": {"mapping", "plan", "execute", "artifact", "source"}, "verify": {"mapping", "plan", "execute", "source"}}

@@ -17,7 +17,7 @@ from mxconv.runtime.linear import Activations
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import rms_norm, statistics_dtype
 from mxconv.runtime.opening import open_weights
-from mxconv.runtime.parallel import Group, LocalRanks
+from mxconv.runtime.parallel import Group, LocalRanks, ProcessRanks
 from mxconv.runtime.rope import frequencies
 from mxconv.runtime.vocabulary import Vocabulary
 
@@ -92,7 +92,7 @@ class Model:
     @property
     def capturable(self) -> bool:
         """Whether one token a sequence can be computed without reading anything back from the device (loads every layer)."""
-        if self.device.type != "cuda" or self.stream or not isinstance(self.group, LocalRanks):
+        if self.device.type != "cuda" or self.stream or isinstance(self.group, ProcessRanks):
             return False
         for index in range(self.config.num_layers):
             with self.layer(index) as layer:

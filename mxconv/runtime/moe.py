@@ -8,21 +8,18 @@ Each rank computes its columns of every expert; the ranks' results are summed on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxconv.errors import UsageError
 from mxconv.runtime.linear import Activations, Projection, projection
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import statistics_dtype
 from mxconv.runtime.packed import pack_experts
 from mxconv.runtime.parallel import Group
-
-if TYPE_CHECKING:
-    from mxconv.runtime.kernels.moe import MoeExperts
 
 Observer = Callable[[int, str, Tensor], None]
 """observer(expert, "up_gate_proj" | "down_proj", x [tokens, in]): the input of an expert GEMM, before rotation and quantization."""
@@ -98,7 +95,7 @@ class FeedForward:
     def __call__(self, h: Tensor, mask: Tensor | None, activations: Activations, observer: Observer | None) -> Tensor:
         """[B, T, H] → [B, T, H]; `mask` bool [B, T] leaves padded tokens at 0."""
         if self.packed is not None and observer is None and (activations == "quantized" or not self._rounds):
-            return self._by_kernel(h, mask, self.packed)
+            return self._by_kernel(h, mask)
         tokens = h.flatten(0, 1) if mask is None else h[mask]
         routes = None if self.router is None else self._route(tokens, self.router)
         mixed = self._mixed(tokens)
@@ -109,8 +106,11 @@ class FeedForward:
         out[mask] = y
         return out
 
-    def _by_kernel(self, h: Tensor, mask: Tensor | None, packed: Mapping[int, MoeExperts]) -> Tensor:
+    def _by_kernel(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """The same through the kernels, on codes; no number comes back from the device."""
+        if self.router is None or self.packed is None:
+            raise UsageError("this layer has no experts for kernels")
+        packed = self.packed
         from mxconv.runtime.kernels.moe import route
 
         tokens = h.flatten(0, 1)

@@ -73,6 +73,17 @@ class Slots:
         self.used[slot] += columns
         self.tokens[slot] = self.used[slot]
 
+    @torch.inference_mode()
+    def pretend(self, tokens: int) -> None:
+        """Stand every slot `tokens` tokens into a sequence of random states, keys and values: for measuring, not for text."""
+        for states in self._states.values():
+            states.normal_()
+        for pair in self._keys.values():
+            for buffer in pair:
+                buffer.normal_()
+        self.used = [tokens] * self.count
+        self.tokens.fill_(tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:

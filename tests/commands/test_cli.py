@@ -45,7 +45,7 @@ def test_help_names_every_command_and_imports_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "demo", "completion"]
+    "command", ["inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "bench", "demo", "completion"]
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = mxconv(command, "--help")

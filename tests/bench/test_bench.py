@@ -1,0 +1,117 @@
+"""`mxconv bench`: what it counts is what the model holds, its random weights are one model, and its figures come from runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mxconv.bench.ceilings import Ceilings, seconds_of
+from mxconv.bench.costs import Cut
+from mxconv.bench.random_weights import OneRank, RandomWeights
+from mxconv.bench.shapes import SHAPES, SyntheticShape, synthetic_config
+from mxconv.cli import cli
+from mxconv.config import LINEAR
+from mxconv.quantize.schemes import SCHEMES
+from mxconv.runtime.model import Model
+from tests.runtime.helpers import error
+from tests.synthetic import make_checkpoint, random_ids
+
+CPU = torch.device("cpu")
+TINY = SyntheticShape(
+    keys={**SHAPES["small"].keys, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 256, "num_local_experts": 4},
+    tp=2, summary="",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_costs_are_those_of_the_weights(tp: int) -> None:
+    config = synthetic_config(TINY)
+    weights = RandomWeights(config, tp=tp, scheme=None, device=CPU)
+    cut = Cut(config=config, tp=tp, item_bytes=2, scheme=None)
+    for layer in range(2):
+        names = [name for name in weights.names(layer) if "expert" not in name and "norm" not in name and name != "router"]
+        assert cut.attention_weights(layer) == sum(weights.dense(layer, name, 0).numel() for name in names)
+    assert cut.expert_weights == sum(weights.dense(0, f"experts.1.{name}", 0).numel() for name in ("up_gate", "down"))
+    assert cut.head_weights == weights.rows("lm_head", 0, 0, weights.rank_rows("lm_head")).numel()
+    # All of 4 experts for many tokens, 2 of them for one; states are read and written, keys and values read.
+    assert cut.experts_bytes(10**6) == pytest.approx(4 * cut.expert_weights * 2)
+    assert cut.experts_bytes(1) == pytest.approx(2 * cut.expert_weights * 2)
+    linear = config.layer_types.index(LINEAR)
+    assert cut.past_bytes(linear, 3, 99) == 2 * 3 * (8 // tp) * 64 * 64 * 4
+    assert cut.past_bytes(1 - linear, 3, 99) == 2 * 3 * 99 * (4 // tp) * 64 * 2
+
+
+@pytest.mark.parametrize("name", ["none", *SCHEMES])
+def test_random_weights_are_one_model(name: str) -> None:
+    """Every reading gives the same weights, and the encoded ones compute nearly what the unquantized ones do."""
+    config, scheme = synthetic_config(TINY), SCHEMES.get(name)
+    ids = random_ids(256, 1, 12)
+
+    def logits(of: Any, stream: bool) -> torch.Tensor:
+        return Model(RandomWeights(config, tp=2, scheme=of, device=CPU), stream=stream, group=OneRank(2))(ids)
+
+    once = logits(scheme, True)
+    assert torch.equal(once, logits(scheme, False)) and once.isfinite().all()
+    if scheme is not None:
+        assert 1e-4 < error(once, logits(None, True)) < 0.3
+
+
+def test_floor_and_seconds() -> None:
+    ceilings = Ceilings(copy=100.0, matmul={"a": 10.0, "b": 20.0})
+    assert ceilings.floor(1000.0, {"a": 10.0}) == 10.0
+    assert ceilings.floor(100.0, {"a": 10.0, "b": 40.0}) == 3.0
+    runs: list[int] = []
+    assert seconds_of(lambda: runs.append(1), CPU, repeats=3, warmups=2) > 0 and len(runs) == 5
+
+
+def bench(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(cli, ["bench", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["schema"] == "mxconv.bench" and document["ceilings"]["copy_bytes_per_second"] > 0
+    for row in document["measured"]:
+        assert row["seconds"] > 0 and 0 < row["of_ceiling"] < 100
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+    return document
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxconv.bench.ceilings.COPY_BYTES", {"cpu": 8 << 20})
+    monkeypatch.setattr("mxconv.bench.ceilings.MATMUL_SIZE", {"cpu": 256})
+    monkeypatch.setattr("mxconv.bench.runs.EXPERT_TOKENS", (1, 16))
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    folder = str(make_checkpoint(tmp_path))
+    (row,) = bench("decode", folder, "--slots", "3", "--context", "10", "--steps", "2")["measured"]
+    assert row["tokens"] == 3 and row["detail"]["context"] == 10
+    (row,) = bench("prefill", folder, "--tokens", "33")["measured"]
+    assert row["tokens"] == 33 and row["operations"] > 0
+    assert [row["tokens"] for row in bench("moe", folder)["measured"]] == [1, 16]
+
+
+def test_the_quantizer() -> None:
+    rows = bench("quantize", "--scheme", "w4afp8")["measured"]
+    assert [row["name"].split()[1] for row in rows] == ["up_gate_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["decode", "--device", "cuda"], 2), (["decode", "--shape", "huge"], 2), (["decode", "--scheme", "w1"], 2),
+        (["decode", "{folder}", "--shape", "small"], 2), (["decode", "{folder}", "--scheme", "w4a8"], 2), (["dance"], 2),
+        (["prefill", "{folder}/nothing"], 4),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, arguments: list[str], code: int) -> None:
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("there is a CUDA device")
+    folder = make_checkpoint(tmp_path)
+    result = CliRunner().invoke(cli, ["bench", *(word.format(folder=folder) for word in arguments)])
+    assert result.exit_code == code, result.output
