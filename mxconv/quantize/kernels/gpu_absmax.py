@@ -1,0 +1,47 @@
+"""absmax of rotated weights on the GPU, for scales that no single program sees whole: channels, tensors, odd groups.
+
+Bits of numbers that are not negative order like the numbers, infinity and then NaN largest: an atomic integer maximum finds the
+same absmax in any order.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mxconv.quantize.kernels.gpu_tiles import absmax_of, hadamard, largest_of, load_run, widened
+
+
+@triton.jit
+def absmax_kernel(
+    weights, absmax, rows, width, group, groups,
+    LOG2: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
+    PAIRS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Raise absmax to that of R rows × 8·L·STEPS columns a program, rotated by blocks of 2^LOG2 but not divided.
+
+    weights: [rows, width] contiguous; bf16 seen as int32 pairs with PAIRS, else f16 or f32. absmax: int32, the bits of float32
+    [rows, groups], zeros at first; with WHOLE, [1]. CHUNK columns lie in one group.
+    """
+    COUNT: tl.constexpr = 8 * STEPS
+    EACH: tl.constexpr = CHUNK // L
+    unit: tl.constexpr = 2 if PAIRS else 1
+    across = tl.cdiv(width, 8 * L * STEPS)
+    n = tl.program_id(0) // across * R + tl.arange(0, R)
+    column = tl.program_id(0) % across * (8 * L * STEPS)
+    rows_at = weights + (n.to(tl.int64) * (width // unit))[:, None]
+    values = ()
+    for t in tl.static_range(STEPS):
+        run = load_run(rows_at, (n < rows)[:, None], (column + t * 8 * L) // unit, width // unit, L, PAIRS, MASKED)
+        values = values + widened(run, L, PAIRS)
+    values = hadamard(values, LOG2, L, COUNT)
+    if WHOLE:
+        found = tl.reduce(absmax_of(values, 0, COUNT), 0, largest_of)
+        tl.atomic_max(absmax, found.to(tl.int32, bitcast=True), sem="relaxed")
+    else:
+        for g in tl.static_range(COUNT // EACH):
+            found = absmax_of(values, g * EACH, (g + 1) * EACH)
+            k = column + g * CHUNK
+            at = n * groups + k // group
+            tl.atomic_max(absmax + at, found.to(tl.int32, bitcast=True), mask=n < tl.where(k < width, rows, 0), sem="relaxed")

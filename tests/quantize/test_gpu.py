@@ -1,0 +1,358 @@
+"""The GPU encoder against the reference, bit for bit: odd shapes, all kinds of numbers, strided and poisoned outputs, flags."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mxconv.errors import NumericError, UsageError
+from mxconv.quantize import packing, reference
+from mxconv.quantize.gpu import GpuEncoder
+from mxconv.quantize.kernels.gpu_fp8 import e4m3_word
+from mxconv.quantize.kernels.gpu_tiles import quotient
+from mxconv.quantize.schemes import SCHEMES, Scheme, get_scheme
+from tests.interpreted import INTERPRETING, interpreted, under_interpreter
+from tests.quantize.schemes import VARIANTS
+
+test_in_the_interpreter = under_interpreter(__file__)
+
+UP, DOWN = "up_gate_proj", "down_proj"
+DEVICE = "cpu" if INTERPRETING else "cuda"
+SCHEMES_HERE: dict[str, Scheme] = {
+    **VARIANTS,
+    "w4afp8_g384": get_scheme("w4afp8", group_size=384),
+    "w4afp8_g512_b256": get_scheme("w4afp8", group_size=512, hadamard_block=256),
+    "w4afp8_b1024": get_scheme("w4afp8", hadamard_block=1024),
+    "w4afp8_g2048": get_scheme("w4afp8", group_size=2048),
+    "w4a8_b1024": get_scheme("w4a8", hadamard_block=1024),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def same_bits(got: Tensor, wanted: Tensor) -> bool:
+    return got.shape == wanted.shape and got.contiguous().cpu().numpy().tobytes() == wanted.contiguous().cpu().numpy().tobytes()
+
+
+def check(w: Tensor, scheme: Scheme, projection: str, *, offset: int = 0, blocks: int = 1, device: str = DEVICE) -> bool:
+    """Encode `w` in row blocks into outputs whose every byte was something else; whether the encoder vouches for its result.
+
+    Where it does, codes and scales are the reference's, and nothing beside them was touched.
+    """
+    coded = reference.encode(w, scheme, projection)
+    wanted = packing.store_codes(coded.codes, scheme)
+    encoder = GpuEncoder(scheme, projection, *w.shape, torch.device(device))
+    rows = w.to(device)
+    room = torch.full((wanted.shape[0], w.shape[0] + 12), 0x55, dtype=torch.int8, device=device)
+    codes = room[:, offset : offset + w.shape[0]]
+    scale = torch.full(coded.scale.shape, float("nan"), device=device)
+    step = -(-w.shape[0] // blocks // encoder.rows_multiple) * encoder.rows_multiple
+    parts = [slice(a, min(a + step, w.shape[0])) for a in range(0, w.shape[0], step)]
+    if encoder.passes == 2:
+        for part in parts:
+            encoder.observe(rows[part])
+    for part in parts:
+        lines = slice(part.start // encoder.rows_multiple, part.stop // encoder.rows_multiple)
+        encoder.encode_into(rows[part], codes[:, part], scale if encoder.passes == 2 else scale[lines])
+    if not encoder.trusted():
+        return False
+    assert same_bits(codes, wanted)
+    assert same_bits(scale, coded.scale)
+    assert (room[:, :offset] == 0x55).all() and (room[:, offset + w.shape[0] :] == 0x55).all()
+    return True
+
+
+def vouched(w: Tensor, scheme: Scheme, projection: str) -> bool:
+    """Whether every scale lies where the encoder promises exact divisions."""
+    scale = reference.unit_scale(reference.weight_absmax(w, scheme, projection), scheme)
+    return bool(((scale >= 2.0**-80) & (scale <= 2.0**100)).all())
+
+
+def gaussian(seed: int, rows: int, width: int, dtype: torch.dtype, *, sizes: tuple[int, int] = (0, 0)) -> Tensor:
+    """Rows of normal numbers, of sizes from 10^a to 10^b, with a row of zeros, one of negative zeros and zeros in between."""
+    make = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, width, generator=make) * 0.02
+    w = w * torch.logspace(*map(float, sizes), rows)[:, None]
+    limit = torch.finfo(dtype).max / 4
+    w = torch.where(torch.rand(rows, width, generator=make) < 0.01, -0.0, w.clamp(-limit, limit)).to(dtype)
+    w[rows // 2] = 0
+    w[rows // 3] = -0.0
+    w[0, : width // 2] = 0
+    return w
+
+
+def bit_patterns(seed: int, rows: int, width: int, dtype: torch.dtype, least: float, most: float) -> Tensor:
+    """Every kind of number from `least` to `most` in magnitude, uniform over bit patterns, and zeros."""
+    make = torch.Generator().manual_seed(seed)
+    word, end = (torch.int32, 2**31) if dtype == torch.float32 else (torch.int16, 2**15)
+    w = torch.randint(-end, end, (rows, width), generator=make).to(word).view(dtype)
+    size = w.float().abs()
+    return torch.where((size >= least) & (size <= most), w, torch.zeros((), dtype=dtype))
+
+
+def widths(scheme: Scheme, projection: str) -> int:
+    """The least number of inputs."""
+    return next(n for n in range(2, 10000) if _divides(scheme, projection, n))
+
+
+def _divides(scheme: Scheme, projection: str, n: int) -> bool:
+    try:
+        reference.check_shape(scheme, projection, 128, n)
+    except UsageError:
+        return False
+    return True
+
+
+# Interpreter: each way through the kernels once, tiny.
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name, projection, rows, width, dtype",
+    [
+        ("w4afp8", UP, 7, 256, torch.bfloat16),
+        ("w4afp8", DOWN, 8, 128, torch.float32),
+        ("w4afp8_g384", DOWN, 3, 384, torch.bfloat16),
+        ("w4afp8_g512_b256", DOWN, 3, 512, torch.float16),
+        ("w4afp8_b1024", DOWN, 3, 1024, torch.bfloat16),
+        ("w4a8", UP, 6, 66, torch.bfloat16),
+        ("w4a8_b1024", DOWN, 3, 1024, torch.float32),
+        ("block_wise_fp8", UP, 128, 128, torch.bfloat16),
+        ("block_wise_fp8", DOWN, 128, 256, torch.float16),
+        ("tensor_wise_fp8", UP, 9, 96, torch.bfloat16),
+        ("tensor_wise_fp8", DOWN, 4, 160, torch.float32),
+    ],
+)
+def test_small(name: str, projection: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    scheme = SCHEMES_HERE[name]
+    assert check(gaussian(rows, rows, width, dtype), scheme, projection, offset=rows % 4)
+
+
+@interpreted
+@settings(max_examples=6, deadline=None, database=None)
+@given(seed=st.integers(0, 2**20), rows=st.integers(1, 9), dtype=st.sampled_from(DTYPES), name=st.sampled_from(["w4afp8", "w4a8"]))
+def test_small_of_any_bits(seed: int, rows: int, dtype: torch.dtype, name: str) -> None:
+    w = bit_patterns(seed, rows, 128, dtype, 0.0, min(2.0**90, torch.finfo(dtype).max / 256))
+    scheme = SCHEMES[name]
+    assert check(w, scheme, UP) == vouched(w, scheme, UP)
+
+
+@interpreted
+def test_small_of_extremes() -> None:
+    for exponent in (-149, -81, 101):
+        w = (torch.randn(4, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64).sign() * 2.0**exponent).float()
+        for scheme in (SCHEMES["w4afp8"], SCHEMES["tensor_wise_fp8"]):
+            assert check(w, scheme, UP) == vouched(w, scheme, UP)
+    w = gaussian(2, 5, 128, torch.float32)
+    w[3, 77] = float("nan")
+    encoder = GpuEncoder(SCHEMES["w4afp8"], UP, 5, 128, torch.device("cpu"))
+    with pytest.raises(NumericError, match=r"\[3, 77\]"):
+        encoder.encode(w)
+
+
+# On a GPU.
+
+CASES = [(name, projection) for name in SCHEMES_HERE for projection in (UP, DOWN)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, projection", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_all_sizes(name: str, projection: str, dtype: torch.dtype) -> None:
+    scheme = SCHEMES_HERE[name]
+    width = widths(scheme, projection) * 6
+    rows = 384
+    sizes = (-4, 0) if dtype == torch.float16 else (-18, 24)
+    w = gaussian(3, rows, width, dtype, sizes=sizes)
+    if scheme.granularity != "block":
+        assert check(w[: rows - 1], scheme, projection, offset=3, blocks=3)
+    assert check(w, scheme, projection, offset=4, blocks=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, projection", CASES)
+@settings(max_examples=12, deadline=None, database=None)
+@given(
+    seed=st.integers(0, 2**20), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 300), wider=st.integers(1, 3),
+    offset=st.integers(0, 8), blocks=st.integers(1, 3),
+)  # fmt: skip
+def test_any_bit_pattern(
+    name: str, projection: str, seed: int, dtype: torch.dtype, rows: int, wider: int, offset: int, blocks: int
+) -> None:
+    scheme = SCHEMES_HERE[name]
+    if scheme.granularity == "block":
+        rows = 128 * (1 + rows % 3)
+    most = min(2.0**85, float(torch.finfo(dtype).max) / (256 if scheme.rotation[projection] else 1))
+    w = bit_patterns(seed, rows, widths(scheme, projection) * wider, dtype, 2.0**-60, most)
+    assert check(w, scheme, projection, offset=offset, blocks=blocks)
+    # without a least size: it vouches for the scales in its range and no others
+    w = bit_patterns(seed, rows, w.shape[1], dtype, 0.0, most)
+    assert check(w, scheme, projection, blocks=blocks) == vouched(w, scheme, projection)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w4afp8", "w4a8", "block_wise_fp8", "tensor_wise_fp8"])
+@pytest.mark.parametrize("exponent", [-149, -140, -126, -100, -82, -79, 80, 97, 101, 115])
+def test_extreme_scales_are_right_or_flagged(name: str, exponent: int) -> None:
+    scheme = SCHEMES[name]
+    w = torch.randn(256, 512, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 2.0**exponent
+    for projection in (UP, DOWN):
+        assert check(w.float(), scheme, projection) == vouched(w.float(), scheme, projection)
+        encoder = GpuEncoder(scheme, projection, *w.shape, torch.device("cuda"))
+        codes, scale = encoder.encode(w.float().cuda())
+        coded = reference.encode(w.float(), scheme, projection)
+        assert same_bits(codes, packing.store_codes(coded.codes, scheme)) and same_bits(scale, coded.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, projection", CASES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_weight_that_is_not_finite_is_flagged(name: str, projection: str, value: float) -> None:
+    scheme = SCHEMES_HERE[name]
+    width = widths(scheme, projection) * 2
+    make = torch.Generator().manual_seed(int(width))
+    for dtype in (torch.bfloat16, torch.float32):
+        w = (torch.randn(256, width, generator=make) * 0.02).to(dtype)
+        row, column = int(torch.randint(256, (), generator=make)), int(torch.randint(width, (), generator=make))
+        w[row, column] = value
+        encoder = GpuEncoder(scheme, projection, *w.shape, torch.device("cuda"))
+        with pytest.raises(NumericError, match=rf"1 weights .* \[{row}, {column}\]") as caught:
+            encoder.encode(w.cuda())
+        assert caught.value.exit_code == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w4afp8", "w4a8", "tensor_wise_fp8"])
+def test_a_rotation_that_overflows_is_refused(name: str) -> None:
+    encoder = GpuEncoder(SCHEMES[name], DOWN, 2, 512, torch.device("cuda"))
+    with pytest.raises(NumericError, match="overflows"):
+        encoder.encode(torch.full((2, 512), 3e38).bfloat16().cuda())
+
+
+@pytest.mark.gpu
+def test_every_pair_of_bf16_significands() -> None:
+    """All pairs (weight, absmax), near and at every tie, as in the test of the CPU encoder."""
+    mantissas = (128 + torch.arange(128)).float()
+    shifts = 2.0 ** -torch.arange(6)
+    w = (mantissas[None, :, None] * shifts[:, None, None]).expand(6, 128, 128).transpose(1, 2)
+    absmax = mantissas[None, :, None].expand(6, 128, 1)
+    w = torch.where(w <= absmax, w, 0.0)
+    w = torch.cat((absmax, w, torch.zeros(6, 128, 127)), dim=2).reshape(-1, 256)
+    w = torch.cat((w, -w))
+    for exponent in (-60, 0, 80):
+        scaled = (w.double() * 2.0**exponent).bfloat16()
+        assert check(scaled, get_scheme("w4afp8", group_size=256), UP)
+
+
+@triton.jit
+def _differences(found, seed, low, high, MANTISSAS: tl.constexpr, ROUNDS: tl.constexpr, SIZE: tl.constexpr):
+    """How many of random pairs (x, divisor) `quotient` rounds otherwise than the division of the hardware."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    wrong = tl.zeros([SIZE], tl.int32)
+    for each in range(ROUNDS):
+        a, b, c, _ = tl.randint4x(seed + each, at)
+        x = ((a & 0x807FFFFF) | ((low + (c & 0xFFFF) % (high - low + 1)) << 23)).to(tl.float32, bitcast=True)
+        d = ((b & 0x007FFFFF) | ((low + ((c >> 16) & 0x7FFF) % (high - low + 1)) << 23)).to(tl.float32, bitcast=True)
+        if MANTISSAS:
+            x = tl.load(found + 1 + 2 * at).to(tl.float32, bitcast=True)
+            d = tl.load(found + 2 + 2 * at).to(tl.float32, bitcast=True)
+        inverse = tl.div_rn(tl.full([SIZE], 1.0, tl.float32), d)
+        got = quotient(x, d, inverse, False).to(tl.int32, bitcast=True)
+        wrong += (got != tl.div_rn(x, d).to(tl.int32, bitcast=True)).to(tl.int32)
+    tl.atomic_add(found, tl.sum(wrong, 0))
+
+
+@pytest.mark.gpu
+def test_quotients_round_as_divisions_do() -> None:
+    """10^11 random pairs: of equal exponents, and of exponents between which it is promised."""
+    for low, high in ((127, 127), (126, 128), (80, 200)):
+        found = torch.zeros(1, dtype=torch.int32, device="cuda")
+        _differences[(4096,)](found, 1 + low, low, high, MANTISSAS=False, ROUNDS=8192, SIZE=1024, enable_fp_fusion=False)
+        assert int(found) == 0, (low, high)
+
+
+@pytest.mark.gpu
+def test_quotients_next_to_a_tie_round_as_divisions_do() -> None:
+    """The hardest pairs of all: quotients that are as near to the middle of two numbers as they can be, for many divisors."""
+    make = torch.Generator().manual_seed(8)
+    pairs = []
+    special = [2**23 + 1, 2**24 - 1, 2**24 - 3, 2**23 + 3]
+    for d in special + (torch.randint(2**22, 2**23, (40000,), generator=make) * 2 + 1).tolist():
+        for bits in (24, 25):
+            inverse = pow(1 << bits, -1, d)
+            for c in (1, -1, 2, -2, 3, -3):
+                a = c * inverse % d
+                pairs += [(a + d * k, d) for k in (0, 1) if 2**23 <= a + d * k < 2**24]
+    size = 1024
+    pairs = pairs[: len(pairs) // size * size]
+    x, d = (torch.tensor(column, dtype=torch.float32).view(torch.int32) for column in zip(*pairs, strict=True))
+    found = torch.cat((torch.zeros(1, dtype=torch.int32), torch.stack((x, d), dim=1).view(-1))).cuda()
+    _differences[(len(pairs) // size,)](found, 0, 0, 0, MANTISSAS=True, ROUNDS=1, SIZE=size, enable_fp_fusion=False)
+    assert len(pairs) > 100000 and int(found[0]) == 0
+
+
+@triton.jit
+def _bytes(x, out, size, ASSEMBLY: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    a = tl.load(x + at, mask=at < size, other=0.0)
+    tl.store(out + at, e4m3_word(a, a * -1.0, a, a, ASSEMBLY), mask=at < size)
+
+
+def e4m3_by_kernel(x: Tensor, assembly: bool) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
+    _bytes[(-(-x.numel() // 1024),)](x, out, x.numel(), ASSEMBLY=assembly, SIZE=1024)
+    return out
+
+
+def check_e4m3(x: Tensor, assembly: bool) -> None:
+    word = e4m3_by_kernel(x, assembly)
+    wanted = reference.e4m3_codes(x, torch.ones(1, device=x.device)).view(torch.uint8).int()
+    assert torch.equal(word & 255, wanted) and torch.equal((word >> 24) & 255, wanted)
+    assert torch.equal((word >> 8) & 255, reference.e4m3_codes(-x, torch.ones(1, device=x.device)).view(torch.uint8).int())
+
+
+@interpreted
+def test_e4m3_bytes_in_integer_arithmetic() -> None:
+    every = torch.arange(2**16).to(torch.int32) << 16
+    x = torch.cat([(every + low).view(torch.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    check_e4m3(x[torch.isfinite(x)][::7].contiguous(), False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("assembly", [True, False])
+def test_e4m3_bytes_of_every_float(assembly: bool) -> None:
+    for high in range(256):
+        x = ((torch.arange(2**24, dtype=torch.int64, device="cuda") << 8 | high) - 2**31).to(torch.int32).view(torch.float32)
+        check_e4m3(x[torch.isfinite(x)], assembly)
+        if not assembly and high > 15:
+            break
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, projection", [("w4afp8", UP), ("w4afp8", DOWN), ("block_wise_fp8", UP), ("tensor_wise_fp8", DOWN)])
+def test_a_whole_matrix_of_minimax_m1(name: str, projection: str) -> None:
+    shape = (9216, 6144) if projection == UP else (6144, 9216)
+    w = (torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(4), device="cuda") * 0.02).bfloat16()
+    encoder = GpuEncoder(SCHEMES[name], projection, *shape, torch.device("cuda"))
+    codes, scale = encoder.encode(w)
+    coded = reference.encode(w, SCHEMES[name], projection)
+    assert encoder.trusted()
+    assert same_bits(codes, packing.store_codes(coded.codes, SCHEMES[name])) and same_bits(scale, coded.scale)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    block = GpuEncoder(SCHEMES["block_wise_fp8"], UP, 256, 512, torch.device("cpu"))
+    w = torch.randn(128, 512).bfloat16()
+    codes, scale = torch.empty(512, 128, dtype=torch.int8), torch.empty(1, 4)
+    for call in (
+        lambda: block.encode_into(w[:100], codes[:, :100], scale),
+        lambda: block.encode_into(w, codes[:100], scale),
+        lambda: block.encode_into(w.double(), codes, scale),
+        lambda: block.observe(w),
+    ):
+        with pytest.raises(UsageError):
+            call()
