@@ -16,6 +16,8 @@ segment's end is below e^-`REACH` are left out of both: heads that decay fast re
 This file needs triton alone, so that it compiles for a GPU where there is no torch.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 import triton
 import triton.language as tl
 
@@ -180,7 +182,8 @@ def state_before(
         for other in range(first, segment):
             end = tl.minimum((other + 1) * size, length)
             gap = (here - count_before(counts, row, end, MASKED)).to(tl.float32)
-            state += tl.exp(-s * gap) * tl.load(local_states + place + tl.cast(other, tl.int64) * D * D + tile, mask=inside, other=0.0)
+            local = tl.load(local_states + place + tl.cast(other, tl.int64) * D * D + tile, mask=inside, other=0.0)
+            state += tl.exp(-s * gap) * local
     return state
 
 

@@ -27,14 +27,16 @@ class Launch:
     warps: int
 
 
-LAUNCHES: Mapping[int, Launch] = {
-    16: Launch(columns=16, warps=1),
-    32: Launch(columns=32, warps=1),
-    64: Launch(columns=64, warps=1),
-    128: Launch(columns=64, warps=2),
-    256: Launch(columns=64, warps=4),
+FEW = 256
+"""States (slots × heads) up to which programs are made smaller, so that more of the GPU works on them."""
+LAUNCHES: Mapping[int, tuple[Launch, Launch]] = {
+    16: (Launch(columns=16, warps=1), Launch(columns=16, warps=1)),
+    32: (Launch(columns=16, warps=1), Launch(columns=32, warps=1)),
+    64: (Launch(columns=16, warps=1), Launch(columns=64, warps=2)),
+    128: (Launch(columns=16, warps=1), Launch(columns=64, warps=4)),
+    256: (Launch(columns=16, warps=2), Launch(columns=64, warps=8)),
 }
-"""By head_dim padded to a power of two; measured on an H200."""
+"""For few and for many states, by head_dim padded to a power of two; measured on an H200."""
 
 
 def _strides(x: Tensor, name: str, like: torch.Size) -> tuple[int, int, int]:
@@ -69,7 +71,7 @@ def lightning_decode(
     if padded not in LAUNCHES:
         raise UsageError("head_dim is too large for the lightning kernels", expected=f"at most {max(LAUNCHES)}", got=size)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    launch = launch or LAUNCHES[padded]
+    launch = launch or LAUNCHES[padded][len(q) * heads > FEW]
     columns = min(launch.columns, padded)
     grid = (-(-size // columns), heads, len(q))
     if 0 not in grid:

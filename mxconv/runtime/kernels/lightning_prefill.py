@@ -155,7 +155,7 @@ class _Call:
         self.packed, self.q, self.k, self.v, self.out, self.rates, self.segments = packed, q, k, v, out, rates, segments
         self.strides = _row_strides(q, "q"), _row_strides(k, "k"), _row_strides(v, "v"), _row_strides(out, "out")
         self.lengths = rates if cu_seqlens is None else cu_seqlens
-        self.counts = rates if mask is None else mask.reshape(-1, packed.tokens).cumsum(1, dtype=torch.int32)
+        self.counts = rates if mask is None else mask.reshape(packed.sequences, packed.tokens).cumsum(1, dtype=torch.int32)
         self.padded = max(16, 1 << (packed.size - 1).bit_length())
         self.flags = {
             "VARLEN": cu_seqlens is not None, "MASKED": mask is not None, "SILU": silu, "PRECISION": PRECISION[q.dtype],
@@ -169,7 +169,8 @@ class _Call:
     def _launch(self, kernel: Any, launch: Launch, segments: int, *arguments: object, **flags: object) -> None:
         kernel[self._grid(launch, segments)](
             *arguments, self.packed.tokens, self.packed.heads, self.segments, **self.flags, **flags,
-            BV=min(launch.columns, self.padded), C=launch.chunk, STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+            BV=min(launch.columns, self.padded), C=launch.chunk, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
     def run_states(self, launch: Launch) -> Tensor:
@@ -177,16 +178,17 @@ class _Call:
         from mxconv.runtime.kernels.lightning_chunks import lightning_states
 
         packed = self.packed
-        local_states = torch.empty(
-            (packed.sequences, packed.heads, self.segments, packed.size, packed.size), dtype=torch.float32, device=self.q.device
-        )
+        shape = (packed.sequences, packed.heads, self.segments, packed.size, packed.size)
+        local_states = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         self._launch(
             lightning_states, launch, self.segments - 1, self.k, self.v, self.rates, self.lengths, self.counts, local_states,
             REACH[self.q.dtype], *self.strides[1], *self.strides[2],
         )  # fmt: skip
         return local_states
 
-    def run_outputs(self, launches: Launches, local_states: Tensor | None, state: Tensor | None, final: Tensor, slots: Tensor | None) -> None:
+    def run_outputs(
+        self, launches: Launches, local_states: Tensor | None, state: Tensor | None, final: Tensor, slots: Tensor | None
+    ) -> None:
         """Write `out` and `final`, by the Hopper kernel where its conditions are met."""
         tensors, nothing = (self.q, self.k, self.v, self.out), self.rates  # `nothing` is never read: its flag is off
         rows = self._hopper_rows(launches.hopper)
@@ -207,14 +209,15 @@ class _Call:
             return
         from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
 
-        self._launch(lightning_outputs, launches.outputs, self.segments, *tensors, self.rates, self.lengths, self.counts, *behind, **flags)
+        inputs = *tensors, self.rates, self.lengths, self.counts
+        self._launch(lightning_outputs, launches.outputs, self.segments, *inputs, *behind, **flags)
 
     def _hopper_rows(self, launch: Launch | None) -> tuple[Any, ...] | None:
         """Tensor descriptors of q, k, v and out as [rows, width], or None where the Hopper kernel cannot take this call."""
         packed, tensors = self.packed, (self.q, self.k, self.v, self.out)
-        if launch is None or self.flags["MASKED"] or self.flags["SILU"] or packed.rows < launch.chunk or packed.size not in (64, 128):
+        if launch is None or self.flags["MASKED"] or self.flags["SILU"] or not _copies_tiles(self.q.device):
             return None
-        if not _copies_tiles(self.q.device) or self.q.element_size() != 2:
+        if packed.size not in (64, 128) or packed.rows < launch.chunk or self.q.element_size() != 2:
             return None
         if any(x.data_ptr() % 16 or pair[0] % 8 or pair[1] % 8 for x, pair in zip(tensors, self.strides, strict=True)):
             return None

@@ -43,7 +43,8 @@ def draw(
     fused = fused.to(device, dtype)
     q, k, v = fused[..., : 3 * size].split(size, -1)
     chosen = [2.0 ** (-8 * (head + 1) / heads) for head in range(heads)] if rates is None else rates
-    state = torch.randn(len(lengths), heads, size, size, generator=random).to(device)
+    before = F.silu(torch.randn(2, len(lengths), heads, 50, size, generator=random))  # a state that earlier tokens could leave
+    state = (before[0].transpose(-1, -2) @ before[1]).to(device)
     return Case(q, k, v, torch.tensor(chosen, dtype=torch.float64, device=device), lengths, state)
 
 

@@ -33,7 +33,7 @@ def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: 
     want, want_states = expected(case, started=started)
     bars = BARS[case.q.dtype]
     errors = error(out, want), error(states, want_states)
-    assert errors[0] <= bars[0] and errors[1] <= bars[1], errors
+    assert errors[0] <= bars[0] and errors[1] <= bars[1], f"{errors} beyond {bars}"
     assert torch.equal(case.state, before)
 
 
@@ -148,7 +148,8 @@ def test_slots_of_a_pool(segments: int | None) -> None:
     slots = torch.tensor([4, -1, 0], dtype=torch.int32, device="cuda")
     pool[4], pool[0] = case.state[0], case.state[2]
     out = torch.full(case.q.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
-    _, states = lightning_prefill(case.q, case.k, case.v, case.rates, pool, case.cu_seqlens, slots=slots, out=out, segments=segments)
+    call = case.q, case.k, case.v, case.rates, pool, case.cu_seqlens
+    _, states = lightning_prefill(*call, slots=slots, out=out, segments=segments)
     want, want_states = expected(case, started=True)
     assert states is pool
     assert (out[500:800] == 0).all()
@@ -219,7 +220,8 @@ def test_offsets_beyond_int32() -> None:
     q, k, v = fused[..., :128], fused[..., 128:256], fused[..., 512:]
     rates = torch.full((64,), 0.01, device="cuda")
     out, _ = lightning_prefill(q, k, v, rates)
-    short = Case(*(x[-500:, 60:].contiguous() for x in (q, k, v)), rates[60:].double(), [500], torch.zeros(1, 4, 128, 128, device="cuda"))
+    last = (x[-500:, 60:].contiguous() for x in (q, k, v))
+    short = Case(*last, rates[60:].double(), [500], torch.zeros(1, 4, 128, 128, device="cuda"))
     assert error(out[-500:, 60:], expected(short, started=False)[0]) <= 2e-3
     assert (out[:-500] == 0).all()
 
