@@ -55,7 +55,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _operations(model: Model, ceilings: Ceilings, dense: float, experts: float) -> dict[str, float]:
+def operations_by_dtype(model: Model, ceilings: Ceilings, dense: float, experts: float) -> dict[str, float]:
     """Operations by the dtype that multiplies: experts with 8-bit activations count at the e4m3 rate where it was measured."""
     eight = model.weights.scheme is not None and "float8_e4m3fn" in ceilings.matmul
     if not eight:
@@ -103,7 +103,7 @@ def prefill(model: Model, ceilings: Ceilings, *, tokens: int, repeats: int = 3) 
     seconds = seconds_of(lambda: decoder.start(0, ids), model.device, repeats=repeats)
     ranks = len(model.group.ranks)
     dense, experts = (ranks * number for number in cut_of(model).prompt_operations(tokens))
-    by_dtype = _operations(model, ceilings, dense, experts)
+    by_dtype = operations_by_dtype(model, ceilings, dense, experts)
     return Measured(
         name=f"prefill, {tokens} tokens", seconds=seconds, tokens=tokens, moved_bytes=0.0, operations=dense + experts,
         of_ceiling=ceilings.floor(0.0, by_dtype) / seconds,
@@ -121,7 +121,7 @@ def experts(model: Model, ceilings: Ceilings, *, layer: int = 0) -> Iterator[Mea
             seconds = seconds_of(run, model.device, repeats=9, warmups=3)
             moved = ranks * cut.experts_bytes(tokens)
             operations = ranks * cut.experts_operations(tokens)
-            floor = ceilings.floor(moved, _operations(model, ceilings, 0.0, operations))
+            floor = ceilings.floor(moved, operations_by_dtype(model, ceilings, 0.0, operations))
             yield Measured(
                 name=f"experts, {tokens} tokens", seconds=seconds, tokens=tokens, moved_bytes=moved, operations=operations,
                 of_ceiling=floor / seconds,

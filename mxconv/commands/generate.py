@@ -15,6 +15,7 @@ from mxconv.errors import UsageError
 EPILOG = """\b
 Examples:
   mxconv generate MiniMax-M1 --prompt "def fibonacci(n):"
+  mxconv generate out --device cuda --prompt "def fibonacci(n):"
   mxconv generate out --chat --prompt "Why is the sky blue?" --temperature 0.8 --top-p 0.95 --seed 1
   cat prompt.txt | mxconv generate out --prompt -
 """
@@ -32,11 +33,15 @@ Examples:
     "--activations", type=click.Choice(["quantized", "none"]), default="quantized", show_default=True,
     help="Compute as serving kernels do, or with dequantized weights alone.",
 )  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None,
+    help="What is computed in (default: bfloat16 on cuda, as served; float32 on cpu).",
+)
 @click.option("--stream-weights", is_flag=True, help="Hold one layer and one expert at a time: for models larger than memory.")
 @options("tp", "device")
 def command(
     folder: Path, prompt: str, chat: bool, max_tokens: int, temperature: float, top_p: float, seed: int | None, activations: Any,
-    stream_weights: bool, **flags: Any,
+    dtype: str | None, stream_weights: bool, **flags: Any,
 ) -> int:  # fmt: skip
     """Generate text from the checkpoint or artifact in FOLDER, token by token as it is known."""
     with session("generate", flags) as (settings, console):
@@ -50,9 +55,12 @@ def command(
             if tokenizer.chat is None:
                 raise UsageError("the model has no chat template", where=folder, hint="leave out --chat")
             text = tokenizer.chat.render([{"role": "user", "content": text}])
+        import torch
+
         from mxconv.runtime import generate, load
 
-        model = load(folder, tp=settings.tp, device=settings.device, stream=stream_weights)
+        chosen = getattr(torch, dtype or ("float32" if settings.device == "cpu" else "bfloat16"))
+        model = load(folder, tp=settings.tp, device=settings.device, dtype=chosen, stream=stream_weights)
         ids = tokenizer.encode(text, special=not chat)
         began, made = time.monotonic(), []
         decoder = tokenizer.stream()

@@ -18,7 +18,7 @@ from mxconv.runtime.linear import Activations
 from mxconv.runtime.model import Model
 from mxconv.runtime.slots import Prompt, Slots, Step
 
-PROMPT_TOKENS = 8192
+PROMPT_TOKENS = 32768
 """A longer prompt goes into its slot in pieces of this many tokens."""
 LEAST_COLUMNS = 256
 
@@ -80,7 +80,7 @@ class Decoder:
         rows = min(_rounded(active[-1] + 1, 1), self.pool.count)
         longest = max(self.pool.used[slot] for slot in active) + 1
         self._room(longest)
-        columns = min(_rounded(longest, LEAST_COLUMNS), self.pool.room)
+        columns = min(_columns(longest), self.pool.room)
         logits = self._replayed(rows, columns) if self.graphs else self._computed(rows, columns)
         for slot in active:
             self.pool.used[slot] += 1
@@ -127,3 +127,9 @@ class Decoder:
 def _rounded(number: int, least: int) -> int:
     """The least power-of-two multiple of `least` that is not below `number`."""
     return least << max(0, (-(-number // least) - 1).bit_length())
+
+
+def _columns(tokens: int) -> int:
+    """`tokens` rounded up by an eighth at most, so that attention reads little too much and few graphs are captured."""
+    step = max(LEAST_COLUMNS, _rounded(tokens, LEAST_COLUMNS) // 16)
+    return -(-tokens // step) * step

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mxconv.errors import UsageError
 from mxconv.runtime.batch import Batch
-from mxconv.runtime.softmax import attend, attend_batch
+from mxconv.runtime.softmax import attend_batch, attend_slots
 
 Key = tuple[int, int]
 
@@ -115,22 +115,21 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The past of one token in each of the first `rows` slots, where `active` bool [rows]; attention looks at `columns` keys."""
+    """The past of one token in each of the first slots; attention looks at `columns` keys at most."""
 
     pool: Slots
     rows: Tensor
     """int64 [rows]: each row's slot, -1 where it is not active."""
-    allowed: Tensor
-    """bool [rows, 1, 1, columns]: the slot's own tokens, the new one among them."""
+    used: Tensor
+    """int64 [rows]: tokens of each slot, the new one among them."""
+    columns: int
 
     @classmethod
     def of(cls, pool: Slots, active: Tensor, columns: int) -> Step:
         """The step of the slots in `active` bool [rows]; `columns` is at least the longest one's tokens and the new one."""
         rows = len(active)
         slots = torch.where(active, torch.arange(rows, device=active.device), -1)
-        last = pool.tokens[:rows].clamp(max=columns - 1)
-        allowed = torch.arange(columns, device=active.device) <= last[:, None]
-        return cls(pool=pool, rows=slots, allowed=allowed[:, None, None])
+        return cls(pool=pool, rows=slots, used=(pool.tokens[:rows] + 1).clamp(max=columns), columns=columns)
 
     def begin(self, batch: int, columns: int, mask: Tensor | None, device: torch.device) -> tuple[Tensor, int, Tensor | None]:
         """See `Past.begin`: positions from the slots' own numbers; how many columns lie before is no one number here."""
@@ -146,6 +145,4 @@ class Step:
         rows = torch.arange(batch.size, device=k.device)
         place = self.pool.tokens[: batch.size].clamp(max=self.pool.room - 1)
         keys[rows, place], values[rows, place] = k[:, 0], v[:, 0]
-        columns = self.allowed.shape[-1]
-        k, v = (buffer[: batch.size, :columns].transpose(1, 2) for buffer in (keys, values))
-        return attend(q.transpose(1, 2), k, v, self.allowed, causal=False).transpose(1, 2)
+        return attend_slots(q[:, 0], keys[: batch.size], values[: batch.size], self.used, self.columns)[:, None]

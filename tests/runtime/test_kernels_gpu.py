@@ -14,7 +14,7 @@ from mxconv.runtime import Model, generate, load
 from mxconv.runtime.batch import make_batch
 from mxconv.runtime.decoder import Decoder
 from mxconv.runtime.rope import frequencies
-from mxconv.runtime.softmax import attend_batch
+from mxconv.runtime.softmax import FULL_GPU, attend_batch, attend_slots
 from tests.oracle.fastdeploy_writer import write_artifact
 from tests.runtime.helpers import FLOAT32_BAR, QUANTIZABLE, error, gathered_absmax, split_call
 from tests.synthetic import make_checkpoint, random_ids
@@ -174,3 +174,18 @@ def test_packed_attention(heads: int, kv: int, past: int, columns: int) -> None:
 
     packed = run(torch.bfloat16)
     assert packed.isfinite().all() and error(packed, run(torch.float64)) < 1e-2
+
+
+@pytest.mark.parametrize(("slots", "heads", "kv"), [(5, 8, 2), (3, 4, 4), (FULL_GPU // 2, 8, 4)])
+def test_attention_over_slots(slots: int, heads: int, kv: int) -> None:
+    """Both of torch's kernels that take lengths, against float64; what lies behind a slot's length is huge and not seen."""
+    random = torch.Generator("cuda").manual_seed(slots)
+    room, columns = 700, 512
+    q = torch.randn(slots, heads, 128, generator=random, device="cuda")
+    k, v = torch.randn(2, slots, room, kv, 128, generator=random, device="cuda")
+    used = torch.randint(1, columns + 1, (slots,), generator=random, device="cuda")
+    beyond = torch.arange(room, device="cuda") >= used[:, None]
+    k[beyond], v[beyond] = 1e4, -1e4
+    exact = attend_slots(q.double(), k.double(), v.double(), used, columns)
+    got = attend_slots(q.bfloat16(), k.bfloat16(), v.bfloat16(), used, columns)
+    assert got.isfinite().all() and error(got, exact) < 1e-2
