@@ -41,6 +41,18 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def open_device(name: str | torch.device) -> torch.device:
+    """The device `name` (cpu, cuda or cuda:N). Raises UsageError when this machine does not have it."""
+    import torch
+
+    device = torch.device(name)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        expected = f"cpu, or one of {there} CUDA devices" if there else "cpu"
+        raise UsageError("this machine does not have the device", expected=expected, got=device, hint="see --device")
+    return device
+
+
 @cache
 def _importable() -> bool:
     return find_spec("triton") is not None

@@ -48,10 +48,9 @@ def command(
         import torch
 
         from mxconv.bench import report
+        from mxconv.dispatch import open_device
 
-        device = torch.device(settings.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("there is no CUDA device", got=settings.device, hint="leave out --device")
+        device = open_device(settings.device)
         if folder is not None and (shape is not None or (settings.stated("scheme") and what != "quantize")):
             raise UsageError("--shape and --scheme make a synthetic model; a folder has its own", got=folder)
         standard = SIZES[device.type]

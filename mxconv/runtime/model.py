@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxconv.dispatch import open_device
 from mxconv.errors import UsageError
 from mxconv.runtime.batch import Batch, check_ids, make_batch
 from mxconv.runtime.cache import Cache, Past
@@ -39,7 +40,7 @@ class Model:
         if dtype not in DTYPES:
             raise UsageError("the runtime does not compute in this dtype", expected=" or ".join(map(str, DTYPES)), got=str(dtype))
         self.weights, self.config = weights, weights.config
-        self.device, self.dtype, self.stream = torch.device(device), dtype, stream
+        self.device, self.dtype, self.stream = open_device(device), dtype, stream
         self.group = LocalRanks(weights.tp) if group is None else group
         self.inverse = frequencies(self.config.rotary_dim, self.config.rope_theta, self.device)
         self._norm = weights.dense(None, "final_norm", self.group.ranks[0], dtype).to(self.device)

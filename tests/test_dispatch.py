@@ -1,0 +1,74 @@
+"""The one decision between a kernel and plain torch: what each operation takes, and what overrides it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxconv import dispatch
+from mxconv.dispatch import RULES, open_device, triton_wanted
+from mxconv.errors import UsageError
+from mxconv.runtime import load
+from tests.synthetic import make_checkpoint, random_ids
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FITS = {"head_dim": 128, "hidden": 6144, "inner": 1152}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MXCONV_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_importable", lambda: True)
+
+
+@pytest.mark.parametrize("operation", RULES)
+def test_a_kernel_where_there_is_one(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton_wanted(operation, CUDA, torch.bfloat16, **FITS)
+    assert not triton_wanted(operation, CPU, torch.bfloat16, **FITS)
+    assert not triton_wanted(operation, CUDA, torch.float64, **FITS)
+    monkeypatch.setattr(dispatch, "_importable", lambda: False)
+    assert not triton_wanted(operation, CUDA, torch.bfloat16, **FITS)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    assert not triton_wanted("lightning_prefill", CUDA, torch.float32, head_dim=257)
+    assert not triton_wanted("moe", CUDA, torch.bfloat16, hidden=6144, inner=1100)
+    assert triton_wanted("moe_dense", CUDA, torch.bfloat16, hidden=64, inner=48)
+    assert not triton_wanted("moe", CUDA, torch.float32, **FITS), "float32 is the judge's: it computes by the definition"
+
+
+def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXCONV_KERNELS", "torch")
+    assert not any(triton_wanted(operation, CUDA, torch.bfloat16, **FITS) for operation in RULES)
+    monkeypatch.setenv("MXCONV_KERNELS", "triton")
+    assert triton_wanted("moe", CUDA, torch.bfloat16, **FITS)
+    with pytest.raises(UsageError, match="no kernel"):
+        triton_wanted("moe", CPU, torch.bfloat16, **FITS)
+    monkeypatch.setenv("MXCONV_KERNELS", "cuda")
+    with pytest.raises(UsageError, match="unknown MXCONV_KERNELS"):
+        triton_wanted("moe", CUDA, torch.bfloat16, **FITS)
+
+
+def test_the_runtime_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the CPU has no kernels to insist on, and says so."""
+    model = load(make_checkpoint(tmp_path), device="cpu")
+    monkeypatch.setenv("MXCONV_KERNELS", "triton")
+    with pytest.raises(UsageError, match="no kernel"):
+        model(random_ids(128, 1, 3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "cuda:3"])
+def test_a_device_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="does not have the device"):
+        load(make_checkpoint(tmp_path), device=name)
+    assert open_device("cpu") == CPU
+
+
+def test_the_runtime_imports_no_triton() -> None:
+    code = "import sys, mxconv.runtime, mxconv.runtime.decoder; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
