@@ -154,7 +154,7 @@ class GpuEncoder:
             _readable(rows), _words(codes, n), scale, absmax.view(torch.float32), self._flags, n, width, self._group, groups,
             codes.stride(0), self._divisor, self._inverse,
             LOG2=self._log2, CHUNK=CHUNK if given else self._group, R=shape.rows, L=shape.lanes, STEPS=shape.steps,
-            PAIRS=_pairs(rows), WORDS=_fits_words(codes, n), GIVEN=given, MASKED=width % span != 0, EXACT=interpreted(),
+            WORDS=_fits_words(codes, n), GIVEN=given, MASKED=width % span != 0, EXACT=interpreted(),
         )  # fmt: skip
 
     def _block(self, rows: Tensor, codes: Tensor, scale: Tensor) -> None:
@@ -162,7 +162,7 @@ class GpuEncoder:
         self._launch(
             fp8_block_kernel, n // FP8_BLOCK * (width // FP8_BLOCK), BLOCK,
             _readable(rows), _words(codes, n), scale, self._flags, n, width, codes.stride(0),
-            BLOCK=FP8_BLOCK, L=BLOCK.lanes, PAIRS=_pairs(rows), WORDS=_fits_words(codes, n),
+            BLOCK=FP8_BLOCK, L=BLOCK.lanes, WORDS=_fits_words(codes, n),
             EXACT=interpreted(), ASSEMBLY=not interpreted(),
         )  # fmt: skip
 
@@ -172,7 +172,7 @@ class GpuEncoder:
         self._launch(
             fp8_tensor_kernel, -(-n // (4 * TENSOR.rows)) * -(-width // TENSOR.columns), TENSOR,
             _readable(rows), _words(codes, n), absmax, self._flags, n, width, codes.stride(0), self._divisor, self._inverse,
-            LOG2=self._log2, R=TENSOR.rows, L=TENSOR.lanes, STEPS=TENSOR.steps, PAIRS=_pairs(rows), WORDS=_fits_words(codes, n),
+            LOG2=self._log2, R=TENSOR.rows, L=TENSOR.lanes, STEPS=TENSOR.steps, WORDS=_fits_words(codes, n),
             MASKED=width % TENSOR.columns != 0, EXACT=interpreted(), ASSEMBLY=not interpreted(),
         )  # fmt: skip
         scale.copy_(reference.unit_scale(divide(absmax, self._divisor), self.scheme))
@@ -183,7 +183,7 @@ class GpuEncoder:
         self._launch(
             absmax_kernel, -(-n // shape.rows) * -(-width // shape.columns), shape,
             _readable(rows), absmax, n, width, self._group, width // self._group,
-            LOG2=self._log2, CHUNK=CHUNK, R=shape.rows, L=shape.lanes, STEPS=shape.steps, PAIRS=_pairs(rows),
+            LOG2=self._log2, CHUNK=CHUNK, R=shape.rows, L=shape.lanes, STEPS=shape.steps,
             MASKED=width % shape.columns != 0, WHOLE=whole,
         )  # fmt: skip
 
@@ -200,12 +200,11 @@ class GpuEncoder:
             raise UsageError("weights to quantize are bf16, f16 or f32", got=rows.dtype)
 
 
-def _pairs(rows: Tensor) -> bool:
-    return rows.dtype == torch.bfloat16 and rows.data_ptr() % 4 == 0 and rows.shape[1] % 2 == 0
-
-
 def _readable(rows: Tensor) -> Tensor:
-    return rows.view(torch.int32) if _pairs(rows) else rows
+    """rows as `gpu_tiles.load_run` takes them."""
+    if rows.dtype != torch.bfloat16:
+        return rows
+    return (rows if rows.data_ptr() % 4 == 0 else rows.clone()).view(torch.int32)
 
 
 def _fits_words(codes: Tensor, n: int) -> bool:

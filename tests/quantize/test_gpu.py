@@ -255,7 +255,8 @@ def _differences(found, seed, low, high, MANTISSAS: tl.constexpr, ROUNDS: tl.con
     wrong = tl.zeros([SIZE], tl.int32)
     for each in range(ROUNDS):
         a, b, c, _ = tl.randint4x(seed + each, at)
-        x = ((a & 0x807FFFFF) | ((low + (c & 0xFFFF) % (high - low + 1)) << 23)).to(tl.float32, bitcast=True)
+        a, b, c = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True), c.to(tl.int32, bitcast=True)
+        x = ((a & -2139095041) | ((low + (c & 0xFFFF) % (high - low + 1)) << 23)).to(tl.float32, bitcast=True)
         d = ((b & 0x007FFFFF) | ((low + ((c >> 16) & 0x7FFF) % (high - low + 1)) << 23)).to(tl.float32, bitcast=True)
         if MANTISSAS:
             x = tl.load(found + 1 + 2 * at).to(tl.float32, bitcast=True)

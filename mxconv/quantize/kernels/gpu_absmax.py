@@ -17,24 +17,21 @@ from mxconv.quantize.kernels.gpu_tiles import absmax_of, hadamard, largest_of, l
 def absmax_kernel(
     weights, absmax, rows, width, group, groups,
     LOG2: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
-    PAIRS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Raise absmax to that of R rows × 8·L·STEPS columns a program, rotated by blocks of 2^LOG2 but not divided.
 
-    weights: [rows, width] contiguous; bf16 seen as int32 pairs with PAIRS, else f16 or f32. absmax: int32, the bits of float32
-    [rows, groups], zeros at first; with WHOLE, [1]. CHUNK columns lie in one group.
+    weights: as of `load_run`. absmax: int32, the bits of float32 [rows, groups], zeros at first; with WHOLE, [1]. CHUNK columns lie
+    in one group.
     """
     COUNT: tl.constexpr = 8 * STEPS
     EACH: tl.constexpr = CHUNK // L
-    unit: tl.constexpr = 2 if PAIRS else 1
     across = tl.cdiv(width, 8 * L * STEPS)
     n = tl.program_id(0) // across * R + tl.arange(0, R)
     column = tl.program_id(0) % across * (8 * L * STEPS)
-    rows_at = weights + (n.to(tl.int64) * (width // unit))[:, None]
     values = ()
     for t in tl.static_range(STEPS):
-        run = load_run(rows_at, (n < rows)[:, None], (column + t * 8 * L) // unit, width // unit, L, PAIRS, MASKED)
-        values = values + widened(run, L, PAIRS)
+        values = values + widened(load_run(weights, n, rows, column + t * 8 * L, width, L, MASKED), L)
     values = hadamard(values, LOG2, L, COUNT)
     if WHOLE:
         found = tl.reduce(absmax_of(values, 0, COUNT), 0, largest_of)

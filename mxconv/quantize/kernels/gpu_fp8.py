@@ -77,17 +77,15 @@ def _store(codes, words, column, width, first_row, rows, stride, L: tl.constexpr
 @triton.jit
 def fp8_block_kernel(
     weights, codes, scales, flags, rows, width, stride,
-    BLOCK: tl.constexpr, L: tl.constexpr, PAIRS: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCK: tl.constexpr, L: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Codes and scale of one BLOCK × BLOCK block a program; the grid is block rows × block columns, columns fastest.
 
-    weights: [rows, width] contiguous, multiples of BLOCK; bf16 seen as int32 pairs with PAIRS, else f16 or f32. codes: int8
-    [width, rows] with lines `stride` bytes apart, seen as int32 with WORDS. scales: float32 [rows/BLOCK, width/BLOCK]. flags: see
-    `report`.
+    weights: as of `load_run`, rows and width multiples of BLOCK. codes: int8 [width, rows] with lines `stride` bytes apart, seen as
+    int32 with WORDS. scales: float32 [rows/BLOCK, width/BLOCK]. flags: see `report`.
     """
     R: tl.constexpr = BLOCK // 4
     STEPS: tl.constexpr = BLOCK // (8 * L)
-    unit: tl.constexpr = 2 if PAIRS else 1
     across = width // BLOCK
     tile = tl.program_id(0)
     first_row = tile // across * BLOCK
@@ -96,11 +94,10 @@ def fp8_block_kernel(
     found = tl.zeros([R, L], tl.float32)
     for q in tl.static_range(4):
         n = first_row + 4 * tl.arange(0, R) + q
-        rows_at = weights + (n.to(tl.int64) * (width // unit))[:, None]
         for t in tl.static_range(STEPS):
-            runs = runs + (load_run(rows_at, (n < rows)[:, None], (column + t * 8 * L) // unit, width // unit, L, PAIRS, False),)
+            runs = runs + (load_run(weights, n, rows, column + t * 8 * L, width, L, False),)
     for each in tl.static_range(4 * STEPS):
-        values = widened(runs[each], L, PAIRS)
+        values = widened(runs[each], L)
         for v in tl.static_range(8):
             found = largest_of(found, tl.abs(values[v]))
     absmax = tl.reduce(tl.reduce(found, 1, largest_of), 0, largest_of)
@@ -111,8 +108,8 @@ def fp8_block_kernel(
     report(flags, tl.full([1], 0.0, tl.float32) + scale, LOW, HIGH)
     for t in tl.static_range(STEPS):
         words = _words(
-            widened(runs[t], L, PAIRS), widened(runs[STEPS + t], L, PAIRS), widened(runs[2 * STEPS + t], L, PAIRS),
-            widened(runs[3 * STEPS + t], L, PAIRS), scale, inverse, EXACT, ASSEMBLY,
+            widened(runs[t], L), widened(runs[STEPS + t], L), widened(runs[2 * STEPS + t], L),
+            widened(runs[3 * STEPS + t], L), scale, inverse, EXACT, ASSEMBLY,
         )  # fmt: skip
         _store(codes, words, column + t * 8 * L, width, first_row, rows, stride, L, WORDS, False)
 
@@ -120,13 +117,10 @@ def fp8_block_kernel(
 @triton.jit
 def _rotated(
     weights, n, rows, column, width, divisor, inverse,
-    LOG2: tl.constexpr, L: tl.constexpr, PAIRS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    LOG2: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """8·L rotated, divided columns of rows n: 8 tiles [R, L]."""
-    unit: tl.constexpr = 2 if PAIRS else 1
-    rows_at = weights + (n.to(tl.int64) * (width // unit))[:, None]
-    run = load_run(rows_at, (n < rows)[:, None], column // unit, width // unit, L, PAIRS, MASKED)
-    values = hadamard(widened(run, L, PAIRS), LOG2, L, 8)
+    values = hadamard(widened(load_run(weights, n, rows, column, width, L, MASKED), L), LOG2, L, 8)
     out = ()
     for v in tl.static_range(8):
         if LOG2 > 0:
@@ -140,7 +134,7 @@ def _rotated(
 def fp8_tensor_kernel(
     weights, codes, absmax, flags, rows, width, stride, divisor, inverse_divisor,
     LOG2: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
-    PAIRS: tl.constexpr, WORDS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WORDS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Codes of 4·R rows × 8·L·STEPS columns a program, rotated by blocks of 2^LOG2 ≤ 8·L; the grid as in `int4_kernel`.
 
@@ -161,10 +155,10 @@ def fp8_tensor_kernel(
     for t in tl.static_range(STEPS):
         column = first_column + t * 8 * L
         words = _words(
-            _rotated(weights, n, rows, column, width, divisor, inverse_divisor, LOG2, L, PAIRS, MASKED, EXACT),
-            _rotated(weights, n + 1, rows, column, width, divisor, inverse_divisor, LOG2, L, PAIRS, MASKED, EXACT),
-            _rotated(weights, n + 2, rows, column, width, divisor, inverse_divisor, LOG2, L, PAIRS, MASKED, EXACT),
-            _rotated(weights, n + 3, rows, column, width, divisor, inverse_divisor, LOG2, L, PAIRS, MASKED, EXACT),
+            _rotated(weights, n, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 1, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 2, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 3, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
             scale, inverse, EXACT, ASSEMBLY,
         )  # fmt: skip
         _store(codes, words, column, width, first_row, rows, stride, L, WORDS, MASKED)

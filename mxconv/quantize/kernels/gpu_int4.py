@@ -18,7 +18,6 @@ from mxconv.quantize.kernels.gpu_tiles import (
     hadamard,
     interleaved,
     load_run,
-    quad,
     quotient,
     report,
     store_words,
@@ -52,22 +51,32 @@ def _codes(
 
 
 @triton.jit
-def _gathered(words, bytes_, SHIFT: tl.constexpr, COUNT: tl.constexpr):
+def _gathered(words, bytes_, shift, COUNT: tl.constexpr):
     out = ()
     for i in tl.static_range(COUNT):
-        out = out + (words[i] + (bytes_[i] << SHIFT),)
+        out = out + (words[i] + (bytes_[i] << shift),)
     return out
+
+
+@triton.jit
+def _store_scale(scales, flags, scale, n, rows, k, width, group, groups, root, LOG2: tl.constexpr):
+    """Report a scale [R], and store what belongs to it; of a group that several programs see the one with its first column does."""
+    report(flags, scale, LOW, HIGH)
+    if LOG2 > 0:
+        scale = tl.div_rn(scale, tl.zeros_like(scale) + root)
+    limit = tl.where(k % group == 0, tl.where(k < width, rows, 0), 0)
+    tl.store(scales + (n * groups + k // group), scale, mask=n < limit)
 
 
 @triton.jit
 def int4_kernel(
     weights, codes, scales, absmax, flags, rows, width, group, groups, stride, root, inverse_root,
     LOG2: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
-    PAIRS: tl.constexpr, WORDS: tl.constexpr, GIVEN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    WORDS: tl.constexpr, GIVEN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of 4·R rows × 8·L·STEPS columns a program; the grid is row tiles × column tiles, columns fastest.
 
-    weights: [rows, width] contiguous; bf16 seen as int32 pairs with PAIRS, else f16 or f32. codes: int8 [width/2, rows] with lines
+    weights: as of `load_run`. codes: int8 [width/2, rows] with lines
     `stride` bytes apart, seen as int32 with WORDS. scales: float32 [rows, groups], what is stored. absmax: with GIVEN, float32
     [rows, groups], of the rotated weights before they are divided by `root`; else unused. flags: see `report`.
     root, inverse_root: fl(√b) and fl(1/fl(√b)), b = 2^LOG2. CHUNK: columns that share a scale for certain: the group, or with
@@ -80,49 +89,34 @@ def int4_kernel(
     tile = tl.program_id(0)
     first_row = tile // across * (4 * R)
     column = tile % across * SPAN
-    unit: tl.constexpr = 2 if PAIRS else 1
+    CHUNKS: tl.constexpr = COUNT // EACH
     i = tl.arange(0, R)
     words = ()
-    found = ()
-    for q in tl.static_range(4):
+    for _ in tl.static_range(COUNT // 2):
+        words = words + (tl.zeros([R, L], tl.int32),)
+    for q in range(4):
         n = first_row + 4 * i + q
-        rows_at = weights + (n.to(tl.int64) * (width // unit))[:, None]
         values = ()
         for t in tl.static_range(STEPS):
-            run = load_run(rows_at, (n < rows)[:, None], (column + t * 8 * L) // unit, width // unit, L, PAIRS, MASKED)
-            values = values + widened(run, L, PAIRS)
+            values = values + widened(load_run(weights, n, rows, column + t * 8 * L, width, L, MASKED), L)
         values = hadamard(values, LOG2, L, COUNT)
         bytes_ = ()
-        for g in tl.static_range(COUNT // EACH):
+        for g in tl.static_range(CHUNKS):
+            k = column + g * CHUNK
             if GIVEN:
-                at = n * groups + (column + g * CHUNK) // group
-                scale = tl.load(absmax + at, mask=n < tl.where(column + g * CHUNK < width, rows, 0), other=0.0)
+                scale = tl.load(absmax + (n * groups + k // group), mask=n < tl.where(k < width, rows, 0), other=0.0)
             else:
                 scale = absmax_of(values, g * EACH, (g + 1) * EACH)
             if LOG2 > 0:
                 scale = tl.div_rn(scale, tl.zeros([R], tl.float32) + root)
             scale = tl.where(scale == 0, 1.0, scale)
             inverse = tl.div_rn(tl.full([R], 1.0, tl.float32), scale)
-            found = found + (scale,)
+            _store_scale(scales, flags, scale, n, rows, k, width, group, groups, root, LOG2)
             bytes_ = bytes_ + _codes(
                 values, scale[:, None], inverse[:, None], root, inverse_root, LOG2, EXACT, g * EACH, (g + 1) * EACH
             )
-        if q == 0:
-            words = bytes_
-        else:
-            words = _gathered(words, bytes_, 8 * q, COUNT // 2)
+        words = _gathered(words, bytes_, 8 * q, COUNT // 2)
     for t in tl.static_range(STEPS):
         block = interleaved(words[4 * t], words[4 * t + 1], words[4 * t + 2], words[4 * t + 3])
         block = (block - MAGIC_RESIDUE) ^ TWOS_COMPLEMENT
         store_words(codes, block, column // 2 + t * 4 * L, width // 2, first_row, rows, stride, WORDS, MASKED)
-    CHUNKS: tl.constexpr = COUNT // EACH
-    n = first_row + tl.arange(0, 4 * R)
-    for g in tl.static_range(CHUNKS):
-        scale = quad(found[g], found[CHUNKS + g], found[2 * CHUNKS + g], found[3 * CHUNKS + g])
-        report(flags, scale, LOW, HIGH)
-        k = column + g * CHUNK
-        stored = scale
-        if LOG2 > 0:
-            stored = tl.div_rn(scale, tl.zeros([4 * R], tl.float32) + root)
-        limit = tl.where(k % group == 0, tl.where(k < width, rows, 0), 0)  # the first chunk of a group stores its scale
-        tl.store(scales + (n * groups + k // group), stored, mask=n < limit)

@@ -43,18 +43,28 @@ def quotient(x, divisor, inverse, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_run(rows_at, inside, column, width, L: tl.constexpr, PAIRS: tl.constexpr, MASKED: tl.constexpr):
-    """8·L columns from `column` on, as they are stored: [R, 8·L] floats, or with PAIRS [R, 4·L] words of two bf16.
+def load_run(weights, n, rows, column, width, L: tl.constexpr, MASKED: tl.constexpr):
+    """8·L columns from `column` on of rows n [R], as they are stored: a tuple of one or two tiles, for `widened`.
 
-    rows_at: pointers [R, 1] to the rows (to words with PAIRS, whose unit `column` and `width` then have too); inside: bool [R, 1];
-    outside, and from `width` on with MASKED, zeros.
+    weights: pointer to [rows, width], contiguous: float16, float32, or int32 words of two bf16. Outside are zeros; only with MASKED
+    may that be beyond `width`.
     """
-    SIZE: tl.constexpr = 4 * L if PAIRS else 8 * L
-    k = column + tl.arange(0, SIZE)[None, :]
-    if MASKED:
-        return tl.load(rows_at + k, mask=inside & (k < width), other=0)
+    if weights.dtype.element_ty == tl.int32:
+        at = weights + (n.to(tl.int64) * (width // 2))[:, None] + column // 2
+        return (_load(at, n, rows, tl.arange(0, 4 * L), (width - column) // 2, MASKED),)
+    elif weights.dtype.element_ty == tl.float32:  # 16 bytes are 4 columns: what a thread holds takes two loads
+        at = weights + (n.to(tl.int64) * width)[:, None] + column
+        k = tl.arange(0, 4 * L) // 4 * 8 + tl.arange(0, 4 * L) % 4
+        return _load(at, n, rows, k, width - column, MASKED), _load(at, n, rows, k + 4, width - column, MASKED)
     else:
-        return tl.load(rows_at + k, mask=inside, other=0)
+        at = weights + (n.to(tl.int64) * width)[:, None] + column
+        return (_load(at, n, rows, tl.arange(0, 8 * L), width - column, MASKED),)
+
+
+@triton.jit
+def _load(at, n, rows, k, width, MASKED: tl.constexpr):
+    limit = tl.where(k < width, rows, 0)[None, :] if MASKED else rows
+    return tl.load(at + k[None, :], mask=n[:, None] < limit, other=0)
 
 
 @triton.jit
@@ -78,14 +88,16 @@ def _high(word):
 
 
 @triton.jit
-def widened(run, L: tl.constexpr, PAIRS: tl.constexpr):
+def widened(run, L: tl.constexpr):
     """What `load_run` gave as 8 float32 tiles [R, L]."""
-    if PAIRS:
-        a, b, c, d = _quarters(run, L)
+    if run[0].dtype == tl.int32:
+        a, b, c, d = _quarters(run[0], L)
         return _low(a), _high(a), _low(b), _high(b), _low(c), _high(c), _low(d), _high(d)
+    elif run[0].dtype == tl.float32:
+        return _quarters(run[0], L) + _quarters(run[1], L)
     else:
-        R: tl.constexpr = run.shape[0]
-        even, odd = tl.split(tl.reshape(run.to(tl.float32), [R, 4 * L, 2]))
+        R: tl.constexpr = run[0].shape[0]
+        even, odd = tl.split(tl.reshape(run[0].to(tl.float32), [R, 4 * L, 2]))
         x0, x2, x4, x6 = _quarters(even, L)
         x1, x3, x5, x7 = _quarters(odd, L)
         return x0, x1, x2, x3, x4, x5, x6, x7
@@ -135,13 +147,6 @@ def absmax_of(values, FIRST: tl.constexpr, LAST: tl.constexpr):
     for i in tl.static_range(FIRST + 1, LAST):
         found = largest_of(found, tl.abs(values[i]))
     return tl.reduce(found, 1, largest_of)
-
-
-@triton.jit
-def quad(a, b, c, d):
-    """What rows 4i, 4i+1, 4i+2 and 4i+3 have, [R] each, in the order of rows: [4·R]."""
-    R: tl.constexpr = a.shape[0]
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * R])
 
 
 @triton.jit

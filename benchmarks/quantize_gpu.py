@@ -1,0 +1,283 @@
+"""The quantize kernels on a GPU beside their ceiling and their peers, in one command: `python -m benchmarks.quantize_gpu`.
+
+Kernels: ms, and the fraction of the time that a device copy takes for the same bytes (weights read once, codes and scales
+written; the ceiling is measured in the same run), on random bf16 weights of 32 × 2304 × 6144 (up_gate) or 8 × 6144 × 9216 (down).
+Every result is compared with the reference's, bit for bit, and its bytes are poisoned before. Peers: the reference in eager torch,
+and plain torch operations for the same layout under torch.compile, which divides and fuses as it likes (its share of other bytes
+is printed).
+
+End to end (--checkpoint FOLDER of benchmarks/make_layer.py): `mxconv quantize` as a user runs it, --device cpu against cuda.
+
+    --sweep     times many launch shapes instead, compiled in parallel; the tables of mxconv/quantize/gpu.py are made from it
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxconv.quantize import gpu, packing, reference
+from mxconv.quantize.schemes import SCHEMES, Scheme, get_scheme
+
+SHAPES = {"up_gate_proj": (32 * 2304, 6144), "down_proj": (8 * 6144, 9216)}
+CASES = {
+    "int4 g128": (SCHEMES["w4afp8"], "up_gate_proj"),
+    "int4 g128, H_128": (SCHEMES["w4afp8"], "down_proj"),
+    "int4 g128, H_1024": (get_scheme("w4afp8", hadamard_block=1024), "down_proj"),
+    "int4 channel": (SCHEMES["w4a8"], "up_gate_proj"),
+    "int4 channel, H_128": (SCHEMES["w4a8"], "down_proj"),
+    "fp8 128×128": (SCHEMES["block_wise_fp8"], "up_gate_proj"),
+    "fp8 tensor, H_32": (SCHEMES["tensor_wise_fp8"], "up_gate_proj"),
+}
+GOALS = {"int4 g128": 0.75, "fp8 128×128": 0.80}
+SOURCE_ROWS = 2048
+
+
+def milliseconds(work: Callable[[], object], repeat: int = 100) -> float:
+    """Median by events, the cache flushed before each run."""
+    from triton.testing import do_bench
+
+    return float(do_bench(work, warmup=20, rep=repeat, return_mode="median"))
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a device copy of 2 GiB."""
+    a, b = (torch.empty(1 << 30, dtype=torch.int16, device="cuda").random_() for _ in range(2))
+    return 2 * a.numel() * 2 / (milliseconds(lambda: b.copy_(a)) * 1e-3)
+
+
+def weights(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """Random bf16 weights."""
+    make = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=make, device="cuda", dtype=torch.bfloat16) * 0.02).contiguous()
+
+
+def outputs(scheme: Scheme, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Poisoned codes and scales."""
+    codes = torch.full(packing.stored_codes_shape(scheme, *shape), 0x55, dtype=torch.int8, device="cuda")
+    return codes, torch.full(reference.scale_shape(scheme, *shape), float("nan"), device="cuda")
+
+
+def encoding(scheme: Scheme, projection: str, w: Tensor, codes: Tensor, scales: Tensor) -> Callable[[], gpu.GpuEncoder]:
+    """Encode the whole matrix, every pass over it included, without waiting."""
+    encoder = gpu.GpuEncoder(scheme, projection, *w.shape, torch.device("cuda"))
+
+    def run() -> gpu.GpuEncoder:
+        if encoder.passes == 2:
+            encoder.observe(w)
+        encoder.encode_into(w, codes, scales)
+        return encoder
+
+    return run
+
+
+def identical(scheme: Scheme, projection: str, w: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """Against the reference on the same device, in row blocks."""
+    largest = None
+    if scheme.granularity == "tensor":
+        parts = [reference.weight_absmax(w[r : r + SOURCE_ROWS], scheme, projection) for r in range(0, len(w), SOURCE_ROWS)]
+        largest = torch.stack(parts).max().reshape(1)
+    for r in range(0, len(w), SOURCE_ROWS):
+        coded = reference.encode(w[r : r + SOURCE_ROWS], scheme, projection, largest)
+        lines = slice(r // 128, (r + SOURCE_ROWS) // 128) if scheme.granularity == "block" else slice(r, r + SOURCE_ROWS)
+        mine = scales if largest is not None else scales[lines]
+        same = torch.equal(packing.store_codes(coded.codes, scheme), codes[:, r : r + SOURCE_ROWS])
+        if not same or not torch.equal(coded.scale.view(torch.int32), mine.view(torch.int32)):
+            return False
+    return True
+
+
+def moved(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """Bytes that must be moved: weights read once, codes and scales written."""
+    codes, scales = packing.stored_codes_shape(scheme, *shape), reference.scale_shape(scheme, *shape)
+    return 2 * shape[0] * shape[1] + codes[0] * codes[1] + 4 * int(torch.tensor(scales).prod())
+
+
+def plain_int4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int4 in groups of 128 in plain operations, packed and transposed as stored."""
+    groups = w.float().view(w.shape[0], -1, 128)
+    scale = groups.abs().amax(dim=2, keepdim=True)
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = torch.round(groups / scale * 7).to(torch.int8).view(w.shape)
+    return ((codes[:, 0::2] & 15) | (codes[:, 1::2] << 4)).t().contiguous(), scale
+
+
+def plain_block(w: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 in blocks of 128 × 128 in plain operations, transposed as stored."""
+    blocks = w.float().view(w.shape[0] // 128, 128, -1, 128)
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
+    codes = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.int8)
+    return codes.view(w.shape).t().contiguous(), scale
+
+
+PEERS = {"int4 g128": plain_int4, "fp8 128×128": plain_block}
+
+
+def kernels(rate: float) -> Iterator[dict[str, Any]]:
+    """One row for each case."""
+    for name, (scheme, projection) in CASES.items():
+        w = weights(SHAPES[projection])
+        codes, scales = outputs(scheme, SHAPES[projection])
+        run = encoding(scheme, projection, w, codes, scales)
+        run()
+        same = run().trusted() and identical(scheme, projection, w, codes, scales)
+        floor = moved(scheme, SHAPES[projection]) / rate * 1e3
+        row: dict[str, Any] = {"case": name, "ms": milliseconds(run), "copy_ms": floor, "identical": same}
+        row["of_copy"] = floor / row["ms"]
+        if name in PEERS:
+            row |= peers(name, scheme, projection, w, codes, floor)
+        yield row
+        del w, codes, scales, run
+        torch.cuda.empty_cache()
+
+
+def peers(name: str, scheme: Scheme, projection: str, w: Tensor, codes: Tensor, floor: float) -> dict[str, Any]:
+    """Eager and compiled torch for the same matrix (eager on an eighth of it, times eight: it makes many copies)."""
+    part = w[: len(w) // 8]
+    eager = 8 * milliseconds(lambda: packing.store_codes(reference.encode(part, scheme, projection).codes, scheme))
+    compiled = torch.compile(PEERS[name])
+    theirs, _ = compiled(w)
+    other = float((theirs != codes).float().mean())
+    took = milliseconds(lambda: compiled(w))
+    return {"eager_ms": eager, "compiled_ms": took, "compiled_of_copy": floor / took, "compiled_other_bytes": other}
+
+
+def sweep_points() -> Iterator[tuple[str, str, gpu.Shape]]:
+    """(case, table, shape)."""
+    small = [(32, 4, 4), (16, 4, 4), (64, 4, 4), (32, 2, 8), (64, 2, 8), (32, 8, 2), (16, 8, 2)]
+    for (r, lanes, steps), registers in itertools.product(small, (None, 128, 96)):
+        yield "int4 g128", "INT4", gpu.Shape(rows=r, lanes=lanes, steps=steps, registers=registers)
+    for (r, lanes, steps), registers in itertools.product(small[:6], (None, 128)):
+        yield "int4 g128, H_128", "INT4_ROTATED", gpu.Shape(rows=r, lanes=lanes, steps=steps, registers=registers)
+    for (lanes, steps), registers in itertools.product([(4, 4), (8, 2), (16, 1)], (None, 128, 96, 80)):
+        yield "fp8 128×128", "BLOCK", gpu.Shape(rows=32, lanes=lanes, steps=steps, registers=registers)
+    for (r, lanes, steps), registers in itertools.product([(32, 4, 4), (32, 4, 2), (32, 4, 8), (16, 4, 4)], (None, 64)):
+        yield "fp8 tensor, H_32", "TENSOR", gpu.Shape(rows=r, lanes=lanes, steps=steps, registers=registers)
+    for r, lanes, steps in [(32, 4, 4), (64, 4, 4), (128, 4, 4), (32, 8, 2), (64, 2, 8)]:
+        yield "int4 channel", "ABSMAX", gpu.Shape(rows=r, lanes=lanes, steps=steps)
+
+
+def set_shape(table: str, shape: gpu.Shape) -> None:
+    """Have the encoder launch `shape`."""
+    if isinstance(getattr(gpu, table), dict):
+        getattr(gpu, table)[shape.columns] = shape
+    else:
+        setattr(gpu, table, shape)
+
+
+def compile_point(point: tuple[str, str, gpu.Shape]) -> str:
+    """Fill the kernel cache in a process of its own; what went wrong, or nothing."""
+    name, table, shape = point
+    scheme, projection = CASES[name]
+    set_shape(table, shape)
+    small = (512, SHAPES[projection][1])
+    w = weights(small)
+    codes, scales = outputs(scheme, small)
+    try:
+        encoding(scheme, projection, w, codes, scales)()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:120]
+    return "" if identical_small(scheme, projection, w, codes, scales) else "DIFFERENT"
+
+
+def identical_small(scheme: Scheme, projection: str, w: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """The whole small matrix at once."""
+    coded = reference.encode(w, scheme, projection)
+    return torch.equal(packing.store_codes(coded.codes, scheme), codes) and torch.equal(coded.scale, scales)
+
+
+def sweep(rate: float, only: str) -> None:
+    """A line for each point, as they are measured."""
+    points = [point for point in sweep_points() if only in point[1]]
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        problems = pool.map(compile_point, points, chunksize=1)
+    print(f"compiled {len(points)} shapes in {time.monotonic() - began:.0f} s", flush=True)
+    last = None
+    for (name, table, shape), problem in zip(points, problems, strict=True):
+        scheme, projection = CASES[name]
+        if name != last:
+            w = weights(SHAPES[projection])
+            codes, scales = outputs(scheme, SHAPES[projection])
+            floor, last = moved(scheme, SHAPES[projection]) / rate * 1e3, name
+        if not problem:
+            kept = dict(getattr(gpu, table)) if isinstance(getattr(gpu, table), dict) else getattr(gpu, table)
+            set_shape(table, shape)
+            took = milliseconds(encoding(scheme, projection, w, codes, scales), 40)
+            problem = f"{took:.3f} ms  {floor / took:.3f}"
+            setattr(gpu, table, kept)
+        told = f"R{shape.rows} L{shape.lanes} S{shape.steps} {shape.registers or '':>4}"
+        print(f"{name:20s} {table:12s} {told}  {problem}", flush=True)
+
+
+def end_to_end(checkpoint: Path, schemes: list[str], workers: int) -> Iterator[dict[str, Any]]:
+    """Seconds of whole runs on both devices, and whether they wrote the same artifact."""
+    for scheme in schemes:
+        row: dict[str, Any] = {"scheme": scheme}
+        for device in ("cpu", "cuda"):
+            out = Path(tempfile.mkdtemp(prefix="mxconv-", dir=checkpoint.parent)) / "out"
+            command = [sys.executable, "-m", "mxconv", "quantize", checkpoint, out, "--scheme", scheme, "--tp", "8"]
+            command += ["--device", device, "--workers", workers, "--memory", "8GiB", "--json"]
+            began = time.monotonic()
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+            if done.returncode:
+                row[device] = done.stderr[-300:]
+                continue
+            row[f"{device}_s"] = time.monotonic() - began
+            row[f"{device}_run_s"] = json.loads(done.stdout.splitlines()[-1]).get("seconds")
+            row[f"{device}_manifest"] = (out / "manifest.json").read_bytes().hex()
+            shutil.rmtree(out.parent)
+        row["identical"] = row.pop("cpu_manifest", 0) == row.pop("cuda_manifest", 1)
+        yield row
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", nargs="?", const="", metavar="TABLE")
+    parser.add_argument("--checkpoint", type=Path, help="folder of benchmarks/make_layer.py")
+    parser.add_argument("--schemes", nargs="*", default=["w4afp8", "block_wise_fp8"])
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    rate = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; device copy {rate / 1e12:.2f} TB/s", flush=True)
+    if a.sweep is not None:
+        sweep(rate, a.sweep)
+        return
+    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "kernels": [], "runs": []}
+    print("| case | ms | of copy | goal | bits | eager ms | compiled ms (of copy; other bytes) |\n" + "|---" * 7 + "|")
+    for row in kernels(rate):
+        report["kernels"].append(row)
+        verdict = "identical" if row["identical"] else "DIFFERENT"
+        told = [row["case"], f"{row['ms']:.3f}", f"{row['of_copy']:.2f}", GOALS.get(row["case"], ""), verdict, "", ""]
+        if "eager_ms" in row:
+            compiled = f"{row['compiled_ms']:.3f} ({row['compiled_of_copy']:.2f}; {row['compiled_other_bytes']:.1e})"
+            told[5:] = [f"{row['eager_ms']:.1f}", compiled]
+        print("| " + " | ".join(map(str, told)) + " |", flush=True)
+    if a.checkpoint:
+        print("| scheme | --device cpu | --device cuda | artifacts |\n" + "|---" * 4 + "|")
+        for row in end_to_end(a.checkpoint, a.schemes, a.workers):
+            report["runs"].append(row)
+            told = [row["scheme"], row.get("cpu_s", row.get("cpu")), row.get("cuda_s", row.get("cuda"))]
+            print("| " + " | ".join(map(str, told)) + f" | {'identical' if row['identical'] else 'DIFFERENT'} |", flush=True)
+    if a.json:
+        a.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
