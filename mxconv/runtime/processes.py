@@ -9,7 +9,6 @@ timeouts are generous; what ends the others within seconds when one fails is wat
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import time
 import traceback
@@ -25,7 +24,7 @@ from torch import Tensor
 from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, ResourceError, UsageError
 from mxconv.membership import Membership
 from mxconv.runtime.parallel import Group, ProcessRanks
-from mxconv.runtime.watch import LOST_SECONDS, SIGNAL_SECONDS, Failure, Speak, Watch, report
+from mxconv.runtime.watch import LOST_SECONDS, SIGNAL_SECONDS, Failure, Speak, Watch, of_this_run, report
 
 MEET_SECONDS = 60
 GROUP_HOURS = 24
@@ -134,41 +133,38 @@ def joined(place: Membership, device: str, speak: Speak, quiet: Callable[[], Non
     `speak` tells the user what failed, wherever it failed; only the process whose turn it is calls it. `quiet` silences a
     process that has others to speak for it, once they can. Raises ResourceError when the others cannot be met.
     """
-    store = _meet(place)
-    watch = Watch(store, place, speak)
+    store = _meet(place, keeper=place.rank == 0 and not place.agent_store)
+    # The watch has a connection of its own: the other is taken while a group waits there for a peer to appear.
+    watch = Watch(_meet(place, keeper=False), place, speak)
     if place.follower:
         quiet()
     watch.start()
     try:
-        yield Processes(place, _prefixed(store, "world"), _connect(place, store, device))
+        yield Processes(place, dist.PrefixStore("world", store), _connect(place, store, device))
         dist.barrier()
         _leave(place, store, watch)
     except BaseException as error:
-        os._exit(_fail(place, store, watch, error))  # the interpreter's own way out could wait for peers that are gone
+        os._exit(_fail(place, watch, error))  # the interpreter's own way out could wait for peers that are gone
 
 
-def _meet(place: Membership) -> dist.Store:
+def _meet(place: Membership, *, keeper: bool) -> dist.Store:
+    """A connection to the store where the processes meet; the `keeper` opens it."""
     try:
         store = dist.TCPStore(
-            place.address, place.port, is_master=place.rank == 0 and not place.agent_store,
-            timeout=timedelta(seconds=MEET_SECONDS), wait_for_workers=False,
-        )  # fmt: skip
+            place.address, place.port, is_master=keeper, timeout=timedelta(seconds=MEET_SECONDS), wait_for_workers=False
+        )
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
             f"the processes cannot meet: {str(error).splitlines()[0]}", where=f"{place.address}:{place.port}",
             hint="RANK, WORLD_SIZE, MASTER_ADDR … are set: is another process of this group running there?",
         ) from None  # fmt: skip
-    return _prefixed(store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def _prefixed(store: dist.Store, name: str) -> dist.Store:
-    return dist.PrefixStore(f"mxconv/{name}", store)
+    return of_this_run(store)
 
 
 def _connect(place: Membership, store: dist.Store, device: str) -> dist.ProcessGroup | None:
     """The default group (gloo), and NCCL's beside it for a GPU."""
     dist.init_process_group(
-        "gloo", store=_prefixed(store, "gloo"), rank=place.rank, world_size=place.size, timeout=timedelta(hours=GROUP_HOURS)
+        "gloo", store=dist.PrefixStore("gloo", store), rank=place.rank, world_size=place.size, timeout=timedelta(hours=GROUP_HOURS)
     )
     if not device.startswith("cuda"):
         return None
@@ -189,7 +185,7 @@ def _leave(place: Membership, store: dist.Store, watch: Watch) -> None:
         time.sleep(0.02)
 
 
-def _fail(place: Membership, store: dist.Store, watch: Watch, error: BaseException) -> int:
+def _fail(place: Membership, watch: Watch, error: BaseException) -> int:
     """Make known why this process ends, or find out which other one made it end; the exit code.
 
     A connection that broke, or a launcher's SIGTERM, is most often the end of another process: its own words, or the watch's look
@@ -202,10 +198,10 @@ def _fail(place: Membership, store: dist.Store, watch: Watch, error: BaseExcepti
     watch.ending = True
     code, own = _as_error(error)
     trace = "" if code != EXIT_BUG else "".join(traceback.format_exception(error))
-    report(store, Failure(rank=place.rank, speaker=0, error=own, trace=trace))
+    report(watch.store, Failure(rank=place.rank, speaker=0, error=own, trace=trace))
     if not place.follower or not watch.await_told():
         watch.speak(own, trace)
-        store.set("told", "1")
+        watch.store.set("told", "1")
     sys.stdout.flush()
     return code
 

@@ -3,8 +3,12 @@
 The main thread cannot: it may wait inside a collective that never returns. All that is known stands in a store that the launcher
 keeps (or rank 0, without one), under
 
-    alive/R    a counter that rank R raises while it lives            who/R    its machine and pid, for a look at /proc
-    failed     the first failure: rank, error, who is to say it       told     it has been said            done/R    a good end
+    alive/R     a counter that rank R raises while it lives
+    who/R       its machine and pid, for a look at /proc
+    done/R      above 0 after a good end
+    failed      the first failure: rank, error, who is to say it
+    told        there when it has been said
+    launcher    there when `mxconv … --processes N` started them
 
 A peer on this machine that is gone is seen within a second, one that does not answer (stopped, another machine lost) after
 `LOST_SECONDS`. A process that neither computes nor reads for `IDLE_SECONDS`, nor waits for another, gives itself up. One that
@@ -42,6 +46,9 @@ IDLE_SHARE = 0.02
 PAUSE_SECONDS = 5.0
 """A gap between two ticks that says this process itself was stopped: then nobody else is to blame."""
 
+LAUNCHER = -1
+"""The speaker of a failure that `mxconv … --processes N` tells itself, having the signal that ended its process."""
+
 Speak = Callable[[MxconvError, str], None]
 """speak(error, traceback or ""): tell the user."""
 
@@ -59,6 +66,19 @@ class Failure:
     def code(self) -> int:
         """The exit code of every process."""
         return self.error.exit_code
+
+
+def open_store() -> tuple[dist.Store, int]:
+    """A launcher's store on this machine, and the port where its processes find it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = of_this_run(store)
+    own.set("launcher", "1")
+    return own, store.port
+
+
+def of_this_run(store: dist.Store) -> dist.Store:
+    """The part of `store` that is for these processes; torchrun starts again in the same store after a failure."""
+    return dist.PrefixStore(f"mxconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def report(store: dist.Store, failure: Failure) -> None:
@@ -119,6 +139,7 @@ class Watch:
         self._stopped = threading.Event()
         self._signals, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signalled: tuple[int, float] | None = None
+        self._launched = store.check(["launcher"])
         self._busy = time.monotonic(), 0.0, 0
         self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="mxconv watch", daemon=True)
@@ -194,12 +215,13 @@ class Watch:
                 peer.who = pickle.loads(self.store.get(f"who/{rank}"))
             lost = self._lost(rank, peer, now)
             if lost and not self.store.add(f"done/{rank}", 0):
-                speaker = 0 if rank else 1
+                speaker = 0 if rank else LAUNCHER if self._launched else 1
                 report(self.store, Failure(rank=rank, speaker=speaker, error=ResourceError(lost)))
 
     def _lost(self, rank: int, peer: _Peer, now: float) -> str:
         silent = now - peer.heard
-        if peer.who is not None and peer.who[0] and peer.who[0] == _machine() and start_of(peer.who[1]) != peer.who[2]:
+        here = peer.who is not None and peer.who[0] and peer.who[0] == _machine()
+        if here and not self._launched and start_of(peer.who[1]) != peer.who[2]:  # a launcher of ours sees it first, and why
             return f"rank {rank} (process {peer.who[1]}) ended without a word: killed, out of memory, or crashed"
         if peer.beats and silent > self.lost_seconds:
             return f"rank {rank} has not answered for {silent:.0f} s: stopped, or its machine is lost"

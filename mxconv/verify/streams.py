@@ -121,7 +121,7 @@ def gathered(traces: Mapping[str, Trace], lanes: Sequence[Lane], device: torch.d
         probes = world.fetch(lane.owner, None if mine is None else mine.probes)
         if hidden is not None and probes is not None:
             found[lane.name] = Trace(hidden=hidden.to(device), probes=probes)
-    return found
+    return {lane.name: found[lane.name] for lane in lanes if lane.name in found}
 
 
 def layer_errors(traces: Mapping[str, Trace], reference: Tensor) -> dict[str, list[float]]:
