@@ -25,11 +25,16 @@ from moe_setup import EXPERTS, HIDDEN, INTERMEDIATE, PER_TOKEN, SHAPES, graph_ms
 
 from mxconv.quantize.schemes import SCHEMES, Scheme
 from mxconv.runtime.kernels.moe import DenseExperts, MoeExperts, route
+from mxconv.runtime.kernels.moe_activation import combine
 from mxconv.runtime.kernels.moe_dense import grouped_mm
 from mxconv.runtime.kernels.moe_sort import sort_assignments
 from mxconv.runtime.kernels.moe_table import block_tokens, launch_of
 
 Row = dict[str, object]
+MEASURES = (
+    "gemm_ms", "floor_ms", "of_floor", "layer_ms", "up_ms", "down_ms", "route_ms", "sort_ms", "quantize_ms", "hidden_ms",
+    "combine_ms",
+)  # fmt: skip
 
 
 def ceilings() -> dict[str, float]:
@@ -52,11 +57,11 @@ def ceilings() -> dict[str, float]:
 
 
 def floor_ms(tokens: int, experts: float, weight_bytes: dict[str, float], in_bytes: float, operations: float, copy: float) -> float:
-    """The two GEMMs' floor: `experts` of them have tokens, `weight_bytes` are those of one; outputs float32 and bf16."""
+    """The two GEMMs' floor: `experts` of them have tokens, `weight_bytes` are those of one; two bytes an output before SwiGLU."""
     total = 0.0
     for projection, (n, k) in SHAPES.items():
         rows = tokens * PER_TOKEN
-        moved = experts * weight_bytes[projection] + rows * k * in_bytes + rows * n * (4 if projection == "up" else 2)
+        moved = experts * weight_bytes[projection] + rows * k * in_bytes + rows * n * 2
         total += max(moved / copy, 2.0 * rows * n * k / operations) * 1e3
     return total
 
@@ -72,27 +77,34 @@ def quantized_rows(scheme: Scheme, tokens_list: list[int], limits: dict[str, flo
     for tokens in tokens_list:
         routings, assignments = random_routings(tokens), tokens * PER_TOKEN
         block = block_tokens(layer.up_gate.kind, assignments, EXPERTS)
-        calls: list[Callable[[], None]] = []
-        parts: dict[str, list[Callable[[], None]]] = {"up": [], "down": []}
+        names = ("up", "down", "sort", "quantize", "hidden", "combine")
+        parts: dict[str, list[Callable[[], object]]] = {name: [] for name in names}
         codes = {name: random_codes(scheme, assignments, k) for name, (_, k) in SHAPES.items()}
-        for chosen in routings:
-            ordered = sort_assignments(chosen, EXPERTS, block)
-            for name, matrix in matrices.items():
-                launch = launch_of(matrix.kind, assignments, EXPERTS, matrix.n, matrix.k)
-                rows = ordered.order // PER_TOKEN if name == "up" and not scheme.static else None
-                dtype = torch.float32 if name == "up" or launch.splits > 1 else torch.bfloat16
-                out = torch.empty(launch.splits, assignments, matrix.n, device="cuda", dtype=dtype)
-                call = partial(matrix.multiply, *codes[name], rows, ordered.tiles, launch, out)
-                calls.append(call)
-                parts[name].append(call)
-        gemms = graph_ms(calls) * 2
         inputs = [torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in routings]
+        for chosen, x in zip(routings, inputs, strict=True):
+            ordered = sort_assignments(chosen, EXPERTS, block)
+            outs = {}
+            for name, matrix in matrices.items():
+                launch = launch_of(matrix.kind, assignments, EXPERTS, matrix.n, matrix.k, gate=name == "up")
+                dtype = torch.float32 if name == "up" or launch.splits > 1 else torch.bfloat16
+                shape = (assignments, matrix.n // 2) if launch.gated else (launch.splits, assignments, matrix.n)
+                outs[name] = out = torch.empty(shape, device="cuda", dtype=dtype)
+                per_token = PER_TOKEN if name == "up" and not scheme.static else 0
+                parts[name].append(partial(matrix.multiply, *codes[name], ordered.order, per_token, ordered.tiles, launch, out))
+            shares = torch.rand(tokens, PER_TOKEN, device="cuda")
+            parts["sort"].append(partial(sort_assignments, chosen, EXPERTS, block))
+            parts["quantize"].append(partial(layer.quantize_input, x, chosen, ordered))
+            parts["hidden"].append(partial(layer.quantize_hidden, outs["up"], chosen, ordered))
+            parts["combine"].append(partial(combine, outs["down"], ordered.position, shares, torch.bfloat16))
+        both = [call for pair in zip(parts["up"], parts["down"], strict=True) for call in pair]
+        gemms = graph_ms(both) * 2
+        parts["route"] = [partial(route, x, router, PER_TOKEN) for x in inputs]
         whole = graph_ms([lambda x=x: layer(x, *route(x, router, PER_TOKEN)) for x in inputs])
         experts = statistics.mean(len(chosen.unique()) for chosen in routings)
         floor = floor_ms(tokens, experts, bytes_of, 1, limits[scheme.activation.code], limits["copy"])
         yield {
-            "scheme": scheme.name, "tokens": tokens, "experts": experts, "gemm_ms": gemms, "up_ms": graph_ms(parts["up"]),
-            "down_ms": graph_ms(parts["down"]), "floor_ms": floor, "of_floor": floor / gemms, "layer_ms": whole,
+            "scheme": scheme.name, "tokens": tokens, "experts": experts, "gemm_ms": gemms, "floor_ms": floor,
+            "of_floor": floor / gemms, "layer_ms": whole, **{f"{name}_ms": graph_ms(calls) for name, calls in parts.items()},
         }  # fmt: skip
 
 
@@ -138,8 +150,7 @@ def peer_rows(tokens_list: list[int], limits: dict[str, float]) -> Iterator[Row]
 def render(row: Row) -> str:
     """A row of the table."""
     cells = [f"{row['scheme']:18}", f"{row['tokens']:6}", f"{row['experts']:6.1f}"]
-    measures = ("gemm_ms", "floor_ms", "of_floor", "up_ms", "down_ms", "layer_ms")
-    cells += [f"{row[key]:9.4f}" if key in row else " " * 9 for key in measures]
+    cells += [f"{row[key]:8.4f}" if key in row else " " * 8 for key in MEASURES]
     return " ".join(cells) + (f"  {row['failed']}" if "failed" in row else "")
 
 
@@ -156,7 +167,7 @@ def main() -> None:
         "shape": {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "experts": EXPERTS, "per_token": PER_TOKEN},
     }  # fmt: skip
     sys.stdout.write(f"{header}\n")
-    sys.stdout.write("scheme             tokens experts gemm_ms  floor_ms  of_floor     up_ms   down_ms  layer_ms\n")
+    sys.stdout.write(f"{'scheme':18} tokens expert " + " ".join(f"{name.removesuffix('_ms'):>8}" for name in MEASURES) + "\n")
     rows: list[Row] = []
 
     def take(found: Iterator[Row]) -> None:

@@ -14,39 +14,44 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from moe_setup import EXPERTS, PER_TOKEN, SHAPES, graph_ms, random_codes, random_matrix, random_routings
 
 from mxconv.quantize.schemes import SCHEMES, Scheme
 from mxconv.runtime.kernels.moe import Matrix
+from mxconv.runtime.kernels.moe_pack import Kind, kind_of
 from mxconv.runtime.kernels.moe_sort import Sorted, sort_assignments
 from mxconv.runtime.kernels.moe_table import Launch
 
 
-def candidates(tokens: int, projection: str) -> Iterator[Launch]:
+def candidates(kind: Kind, tokens: int, projection: str) -> Iterator[Launch]:
     """The launches worth trying at `tokens` tokens."""
-    splits: tuple[int, ...] = (1,)
-    if tokens <= 32:
-        shapes, stages = [(64, 16, 4), (128, 16, 4), (128, 16, 8)], (4, 6, 8)
-        few = (1, 2, 4, 8) if projection == "up" else (1, 2, 4)
-        splits = few if tokens <= 2 else (1, 2)
+    splits, swaps = [1], [True]
+    if tokens <= 128:
+        shapes, stages = [(64, 16, 4), (128, 16, 4)], [3, 4, 5]
+        if tokens <= 2:
+            splits = [4, 6, 8, 12] if projection == "up" else [1, 2, 3, 4]
     elif tokens <= 512:
-        shapes, stages = [(64, 16, 4), (128, 16, 4), (64, 32, 4), (128, 32, 4), (128, 32, 8)], (3, 4, 6)
+        shapes, stages = [(128, 16, 4), (64, 32, 4), (128, 32, 4), (128, 64, 4)], [3, 4]
     else:
-        shapes, stages = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 128, 4), (128, 128, 8)], (3, 4)
-    for (block_n, block_t, warps), stage, split in itertools.product(shapes, stages, splits):
-        yield Launch(block_n=block_n, block_t=block_t, warps=warps, stages=stage, splits=split)
+        shapes, stages = [(128, 64, 4), (256, 64, 8), (128, 128, 8), *([(256, 128, 8)] if kind == "int4_int8" else [])], [3, 4]
+        swaps = [True, False] if kind == "e4m3" else [True]
+    for (block_n, block_t, warps), stage, split, swap in itertools.product(shapes, stages, splits, swaps):
+        gated = projection == "up" and split == 1
+        yield Launch(block_n=block_n, block_t=block_t, warps=warps, stages=stage, splits=split, swap=swap, gated=gated)
 
 
 def call_of(
     matrix: Matrix, projection: str, ordered: Sorted, codes: torch.Tensor, scales: torch.Tensor, launch: Launch
 ) -> Callable[[], None]:
     """One GEMM as a layer runs it, with its output allocated."""
-    rows = ordered.order.clamp_min(0) // PER_TOKEN if projection == "up" and not matrix.scheme.static else None
+    per_token = PER_TOKEN if projection == "up" and not matrix.scheme.static else 0
     dtype = torch.float32 if projection == "up" or launch.splits > 1 else torch.bfloat16
-    out = torch.empty(launch.splits, len(ordered.order), matrix.n, device="cuda", dtype=dtype)
-    return lambda: matrix.multiply(codes, scales, rows, ordered.tiles, launch, out)
+    rows = len(ordered.order)
+    out = torch.empty(rows * matrix.n * launch.splits, device="cuda", dtype=dtype).view(launch.splits, rows, matrix.n)
+    return lambda: matrix.multiply(codes, scales, ordered.order, per_token, ordered.tiles, launch, out)
 
 
 def compile_one(job: tuple[str, str, Launch]) -> None:
@@ -67,7 +72,7 @@ def timings(scheme: Scheme, projection: str, tokens: int) -> Iterator[tuple[floa
     rows = tokens if projection == "up" and not scheme.static else tokens * PER_TOKEN
     matrix, (codes, scales) = random_matrix(scheme, projection), random_codes(scheme, rows, SHAPES[projection][1])
     routings = random_routings(tokens)
-    for launch in candidates(tokens, projection):
+    for launch in candidates(matrix.kind, tokens, projection):
         sets = [sort_assignments(chosen, EXPERTS, launch.block_t) for chosen in routings]
         try:
             yield graph_ms([call_of(matrix, projection, ordered, codes, scales, launch) for ordered in sets]), launch
@@ -82,7 +87,7 @@ def report(name: str, tokens: int, top: int) -> None:
         for ms, launch in timed[:top] + timed[-1:]:
             sys.stdout.write(
                 f"{name:16} {projection:4} {tokens:5} tokens  {ms * 1000:8.1f} us  n{launch.block_n} t{launch.block_t} "
-                f"w{launch.warps} s{launch.stages} k{launch.splits}\n"
+                f"w{launch.warps} s{launch.stages} k{launch.splits}{'' if launch.swap else ' wide tokens'}\n"
             )
         sys.stdout.flush()
 
@@ -96,9 +101,9 @@ def main() -> None:
     jobs = [
         (name, projection, launch)
         for tokens in arguments.tokens for name in arguments.schemes for projection in SHAPES
-        for launch in candidates(tokens, projection)
+        for launch in candidates(kind_of(SCHEMES[name]), tokens, projection)
     ]  # fmt: skip
-    unique = {(*job[:2], job[2].block_n, job[2].block_t, job[2].warps, job[2].stages, job[2].splits > 1): job for job in jobs}
+    unique = {(*job[:2], replace(job[2], splits=min(job[2].splits, 2))): job for job in jobs}
     began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         pool.map(compile_one, unique.values(), chunksize=4)

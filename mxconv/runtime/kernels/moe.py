@@ -1,6 +1,6 @@
 """One rank's experts of one layer on a GPU: weights repacked once at load, and the chain of kernels that applies them.
 
-    sort the assignments → quantize x → grouped GEMM (up_gate) → SwiGLU, rotate, quantize → grouped GEMM (down) → weighted sum
+    sort the assignments → quantize x → grouped GEMM (up_gate), SwiGLU → rotate, quantize → grouped GEMM (down) → weighted sum
 
 Every size is known from the shapes, nothing comes back to the host: a call can be captured in a CUDA graph. Its plain twin is
 `runtime.linear` and `runtime.moe` with quantized activations; here products are summed in float32 (int32 for int8) per 128 inputs
@@ -19,7 +19,7 @@ from torch import Tensor
 from mxconv.errors import UsageError
 from mxconv.quantize.schemes import FP8_BLOCK, INT4_MAX, ActivationRule, Scheme
 from mxconv.runtime.coded import Coded
-from mxconv.runtime.kernels.moe_activation import combine, quantize_kernel, swiglu_kernel
+from mxconv.runtime.kernels.moe_activation import combine, hidden_kernel, quantize_kernel
 from mxconv.runtime.kernels.moe_dense import DenseExperts
 from mxconv.runtime.kernels.moe_gemm import grouped_gemm_kernel
 from mxconv.runtime.kernels.moe_pack import (
@@ -75,18 +75,24 @@ class Matrix:
         scale = unpack_scale(self.scale[expert], self.scheme)
         return Coded(codes=unpack_codes(self.codes[expert], self.kind), weight_scale=scale, activation_scale=activation)
 
-    def multiply(self, x: Tensor, x_scale: Tensor, rows: Tensor | None, tiles: Tensor, launch: Launch, out: Tensor) -> None:
-        """out [splits, A, n] = the codes x [·, k] times the weights of each sorted assignment's expert; `rows` [A] gathers x."""
+    def multiply(
+        self, x: Tensor, x_scale: Tensor, order: Tensor, per_token: int, tiles: Tensor, launch: Launch, out: Tensor
+    ) -> None:
+        """out [splits, A, n] (or [A, n/2] gated) = the codes x times the weights of each sorted assignment's expert.
+
+        `per_token` 0: x has a row a sorted assignment; else a row a token, which `order` [A] names as order // per_token.
+        """
         scheme, rule = self.scheme, self.scheme.activation
         scales = "flat" if scheme.granularity in ("channel", "tensor") else scheme.granularity
-        grid = (self.n // launch.block_n, tiles.numel() // 3, launch.splits)
+        rows = launch.block_n // 2 if launch.gated else launch.block_n
+        grid = ((self.n // 2 if launch.gated else self.n) // rows, tiles.numel() // 3, launch.splits)
         grouped_gemm_kernel[grid](
-            x, self.codes, self.scale, x_scale, self.scale, x_scale, self.expert_scale, out, x if rows is None else rows, tiles,
-            self.n, self.k, out.shape[1], WEIGHT=self.kind, SCALES=scales, GROUP_STEPS=(scheme.group_size or STEP) // STEP,
-            GATHER=rows is not None, ROW_SCALE=scheme.granularity == "channel", TOKEN_SCALE=rule.scale == "token",
-            EXPERT_SCALE=scheme.static, FACTOR=FACTORS[self.kind], BLOCK_N=launch.block_n,
-            BLOCK_T=launch.block_t, STAGES=launch.stages, NATIVE=not triton.knobs.runtime.interpret,
-            num_warps=launch.warps,
+            x, self.codes, self.scale, x_scale, self.scale, x_scale, self.expert_scale, out, order, tiles,
+            self.n, self.k, len(order),
+            WEIGHT=self.kind, SCALES=scales, GROUP_STEPS=(scheme.group_size or STEP) // STEP, PER_TOKEN=per_token,
+            ROW_SCALE=scheme.granularity == "channel", TOKEN_SCALE=rule.scale == "token", EXPERT_SCALE=scheme.static,
+            FACTOR=FACTORS[self.kind], GATED=launch.gated, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, STAGES=launch.stages,
+            SWAP=launch.swap, NATIVE=not triton.knobs.runtime.interpret, num_warps=launch.warps,
         )  # fmt: skip
 
 
@@ -129,9 +135,11 @@ class MoeExperts:
         """All experts at once: up_gate [2I, H] (gate then up), down [H, I], as `Weights.coded` or `dense` gives them."""
         experts: MoeExperts | DenseExperts
         if scheme is None:
-            experts = DenseExperts(len(down), *down[0].shape, down[0].dtype, device)
+            hidden, intermediate = down[0].shape
+            experts = DenseExperts(len(down), hidden, intermediate, down[0].dtype, device)
         else:
-            experts = cls(scheme, len(down), *down[0].codes.shape, device)
+            hidden, intermediate = down[0].codes.shape
+            experts = cls(scheme, len(down), hidden, intermediate, device)
         for expert, pair in enumerate(zip(up_gate, down, strict=True)):
             experts.put(expert, *pair)
         return experts
@@ -156,21 +164,21 @@ class MoeExperts:
         assignments, per_token = chosen.numel(), chosen.shape[1]
         ordered = sort_assignments(chosen, self.experts, block_tokens(kind, assignments, self.experts))
         codes, scales = self.quantize_input(x.contiguous(), chosen, ordered)
-        rows = None if self.scheme.static else ordered.order // per_token
-        partial = self.multiply(self.up_gate, codes, scales, rows, ordered, x.dtype)
-        codes, scales = self.quantize_hidden(partial, chosen, ordered)
-        partial = self.multiply(self.down, codes, scales, None, ordered, x.dtype)
+        hidden = self.multiply(self.up_gate, codes, scales, 0 if self.scheme.static else per_token, ordered, x.dtype)
+        codes, scales = self.quantize_hidden(hidden, chosen, ordered)
+        partial = self.multiply(self.down, codes, scales, 0, ordered, x.dtype)
         return combine(partial, ordered.position, weights, x.dtype)
 
     def multiply(
-        self, matrix: Matrix, codes: Tensor, scales: Tensor, rows: Tensor | None, ordered: Sorted, dtype: torch.dtype
+        self, matrix: Matrix, codes: Tensor, scales: Tensor, per_token: int, ordered: Sorted, dtype: torch.dtype
     ) -> Tensor:
-        """One grouped GEMM: partial sums [splits, A, n], float32 for up_gate and where K is split, else `dtype`."""
-        assignments = len(ordered.order)
-        launch = launch_of(matrix.kind, assignments, self.experts, matrix.n, matrix.k)
-        wide = matrix is self.up_gate or launch.splits > 1
-        out = torch.empty(launch.splits, assignments, matrix.n, dtype=torch.float32 if wide else dtype, device=codes.device)
-        matrix.multiply(codes, scales, rows, ordered.tiles, launch, out)
+        """One grouped GEMM. up_gate: float32 [A, I], gated, or partial sums [splits, A, 2I] where K is split; down: partial sums
+        [splits, A, H], float32 where K is split, else `dtype`."""
+        assignments, up = len(ordered.order), matrix is self.up_gate
+        launch = launch_of(matrix.kind, assignments, self.experts, matrix.n, matrix.k, gate=up)
+        shape = (assignments, matrix.n // 2) if launch.gated else (launch.splits, assignments, matrix.n)
+        out = torch.empty(shape, dtype=torch.float32 if up or launch.splits > 1 else dtype, device=codes.device)
+        matrix.multiply(codes, scales, ordered.order, per_token, ordered.tiles, launch, out)
         return out
 
     def _outputs(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -191,14 +199,14 @@ class MoeExperts:
         )  # fmt: skip
         return codes, scales
 
-    def quantize_hidden(self, partial: Tensor, chosen: Tensor, ordered: Sorted) -> tuple[Tensor, Tensor]:
-        """SwiGLU of the up_gate partial sums [splits, A, 2I], rotated: codes and scales of the down projection's input [A, I]."""
+    def quantize_hidden(self, hidden: Tensor, chosen: Tensor, ordered: Sorted) -> tuple[Tensor, Tensor]:
+        """The first GEMM's output, gated [A, I] or as partial sums [splits, A, 2I], rotated: the second one's codes and scales."""
         rule, rotation = self.scheme.activation, self.scheme.rotation["down_proj"]
-        splits, rows, _ = partial.shape
-        codes, scales = self._outputs(rows, self.intermediate, partial.device)
+        splits, rows = (0, len(hidden)) if hidden.dim() == 2 else hidden.shape[:2]
+        codes, scales = self._outputs(rows, self.intermediate, hidden.device)
         size, pieces = _columns(rule, self.intermediate, rotation)
-        swiglu_kernel[(rows, pieces)](
-            partial, ordered.order, chosen, codes, scales, self.down.stored, self.intermediate, rows, SIZE=size, SPLITS=splits,
+        hidden_kernel[(rows, pieces)](
+            hidden, ordered.order, chosen, codes, scales, self.down.stored, self.intermediate, rows, SIZE=size, SPLITS=splits,
             **_rule_constants(rule, rotation, rule.rint_down_input), num_warps=_warps(size),
         )  # fmt: skip
         return codes, scales

@@ -1,7 +1,8 @@
 """What stands between the expert GEMMs: rotation and quantization of their inputs, SwiGLU, the weighted sum over a token's experts.
 
     quantize_kernel  x [T, H] → codes, scales: once a token, or once a sorted assignment where each expert has a stored scale
-    swiglu_kernel    partial sums of the first GEMM [splits, A, 2I] → silu(gate)·up, rotated: codes and scales of the second's input
+    hidden_kernel    partial sums of the first GEMM [splits, A, 2I] → silu(gate)·up (or [A, I], gated already), rotated: codes and
+                     scales of the second's input
     combine_kernel   partial sums of the second GEMM [splits, A, H] → y[t] = Σ_j weights[t, j] · out[position[t·k + j]], j ascending
 
 Codes are those of `linear.quantize_activation`: the same float32 operations in the same order, with exactly rounded division.
@@ -101,12 +102,13 @@ def quantize_kernel(
 
 
 @triton.jit(do_not_specialize=["assignments"])
-def swiglu_kernel(
+def hidden_kernel(
     partial, order, chosen, codes, scales, stored, K, assignments, SIZE: tl.constexpr, SPLITS: tl.constexpr, RULE: tl.constexpr,
     DIVISOR: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr, STORED_DIVIDED: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """partial [SPLITS, A, 2K] (gate then up) → codes [A, K] and scales ([A], or [A, K/128]); program (sorted row, SIZE columns)."""
+    """partial [SPLITS, A, 2K] (gate then up), or [A, K] where SPLITS is 0, → codes [A, K] and scales ([A], or [A, K/128]);
+    program (sorted row, SIZE columns)."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     assignment = tl.load(order + row)
     if assignment < 0:
@@ -115,12 +117,15 @@ def swiglu_kernel(
     if RULE == "static":
         expert = tl.load(chosen + assignment).to(tl.int32)
     k = chunk * SIZE + tl.arange(0, SIZE)
-    gate, up = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
-    for split in tl.static_range(SPLITS):
-        at = partial + (row + assignments * split) * (2 * K) + k
-        gate += tl.load(at, mask=k < K, other=0.0).to(tl.float32)
-        up += tl.load(at + K, mask=k < K, other=0.0).to(tl.float32)
-    v = gate / (1.0 + tl.exp(-gate)) * up
+    if SPLITS == 0:
+        v = tl.load(partial + row * K + k, mask=k < K, other=0.0)
+    else:
+        gate, up = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = partial + (row + assignments * split) * (2 * K) + k
+            gate += tl.load(at, mask=k < K, other=0.0)
+            up += tl.load(at + K, mask=k < K, other=0.0)
+        v = gate / (1.0 + tl.exp(-gate)) * up
     v = _rotate(v, SIZE, BLOCK, STAGES)
     _store_codes(v, codes, scales, stored, row, chunk, K, expert, SIZE, RULE, DIVISOR, LIMIT, INT8, RINT, STORED_DIVIDED, NATIVE)
 

@@ -5,8 +5,8 @@
 
 The operands are swapped, outᵀ = w·xᵀ, so that a handful of tokens is the *narrow* side of the tensor cores' 64×n product and
 wastes nothing. The weights come as `moe_pack` lays them out: [E, N/64, K/128, 64, bytes of 128 codes], one contiguous run a step.
-int4 bytes are widened in registers, two products a step (the low nibbles are inputs 0-63 of the step, the high ones 64-127), and
-never return to shared memory:
+int4 bytes are widened in registers (the low nibbles are inputs 0-63 of the step, the high ones 64-127) and never return to shared
+memory. Without SWAP (e4m3 alone, at many tokens) the tokens are the wide side, and a token's scale is one of its row.
 
     int4_e4m3   nibble s·mmm → the byte s0000mmm, the e4m3 subnormal ±m·2⁻⁹: exact, and one or two instructions for four codes
     int4_int8   nibble q, two's complement → the byte q·16, int8 products summed exactly in int32
@@ -29,7 +29,7 @@ ROWS = 64
 
 @triton.jit
 def _low(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
-    """The codes in the low nibbles of int8 bytes, as e4m3 (or 16·q as int8)."""
+    """The codes in the low nibbles of int8 bytes: bytes of e4m3 (or 16·q as int8)."""
     if INTEGER:
         if NATIVE:
             codes = tl.inline_asm_elementwise(
@@ -42,14 +42,12 @@ def _low(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
         codes = tl.inline_asm_elementwise("and.b32 $0, $1, 0x87878787;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
     else:
         codes = packed & -121  # 0x87
-    if not INTEGER:
-        codes = codes.to(tl.float8e4nv, bitcast=True)
     return codes
 
 
 @triton.jit
 def _high(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
-    """The codes in the high nibbles of int8 bytes, as e4m3 (or 16·q as int8).
+    """The codes in the high nibbles of int8 bytes: bytes of e4m3 (or 16·q as int8).
 
     For e4m3 the four bytes of a word are rotated as one: bits 4-6 come down to 0-2, and the sign that belongs to a byte is
     bit 3 of the *next* byte's (`moe_pack` puts it there), which the rotation brings to bit 7.
@@ -71,69 +69,91 @@ def _high(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
         word = tl.sum((packed.to(tl.uint8).to(tl.uint32).reshape(rows, words, 4) << shift), axis=2)
         word = (word >> 4) | (word << 28)
         codes = ((word[:, :, None] >> shift) & 0x87).to(tl.uint8).to(tl.int8, bitcast=True).reshape(rows, words * 4)
-    if not INTEGER:
-        codes = codes.to(tl.float8e4nv, bitcast=True)
     return codes
 
 
 @triton.jit
-def _products(packed, x, acc, WEIGHT: tl.constexpr, NATIVE: tl.constexpr):
-    """w·xᵀ over one step: packed [BLOCK_N, 64 or 128] bytes, x the pointers [BLOCK_T, 64 or 128] to the step's first codes."""
-    # An if/elif chain with one return: the compiler goes on past a return in a constexpr branch.
+def _operand(packed, WEIGHT: tl.constexpr, NATIVE: tl.constexpr):
+    """The codes [BLOCK_N, 128] of one step's bytes: a rearrangement of registers alone, as the tensor cores' first operand."""
     if WEIGHT == "e4m3":
-        acc = tl.dot(packed.to(tl.float8e4nv, bitcast=True), tl.trans(tl.load(x)), acc)
+        codes = packed.to(tl.float8e4nv, bitcast=True)
     else:
-        low, high = tl.load(x), tl.load(x + 64)
         INTEGER: tl.constexpr = WEIGHT == "int4_int8"
-        acc = tl.dot(_low(packed, INTEGER, NATIVE), tl.trans(low), acc, out_dtype=acc.dtype)
-        acc = tl.dot(_high(packed, INTEGER, NATIVE), tl.trans(high), acc, out_dtype=acc.dtype)
-    return acc
+        halves = tl.join(_low(packed, INTEGER, NATIVE), _high(packed, INTEGER, NATIVE))
+        codes = tl.reshape(tl.permute(halves, (0, 2, 1)), [packed.shape[0], 2 * packed.shape[1]])
+        if not INTEGER:
+            codes = codes.to(tl.float8e4nv, bitcast=True)
+    return codes
+
+
+@triton.jit
+def _swiglu(y, BLOCK_T: tl.constexpr, HALF: tl.constexpr):
+    """silu(gate)·up [BLOCK_T, HALF] of y [BLOCK_T, 2·HALF], gate then up."""
+    gate, up = tl.split(tl.permute(tl.reshape(y, [BLOCK_T, 2, HALF]), (0, 2, 1)))
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit(do_not_specialize=["assignments"])
 def grouped_gemm_kernel(
-    x, w, scales, token_group_scales, row_scale, token_scale, expert_scale, out, rows, tiles, N, K, assignments,
-    WEIGHT: tl.constexpr, SCALES: tl.constexpr, GROUP_STEPS: tl.constexpr, GATHER: tl.constexpr, ROW_SCALE: tl.constexpr,
-    TOKEN_SCALE: tl.constexpr, EXPERT_SCALE: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    x, w, scales, token_group_scales, row_scale, token_scale, expert_scale, out, order, tiles, N, K, assignments,
+    WEIGHT: tl.constexpr, SCALES: tl.constexpr, GROUP_STEPS: tl.constexpr, PER_TOKEN: tl.constexpr, ROW_SCALE: tl.constexpr,
+    TOKEN_SCALE: tl.constexpr, EXPERT_SCALE: tl.constexpr, FACTOR: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """See the file. x [R, K] codes; w int8 [E, N/64, K/128, 64, 64 | 128]; out [splits, assignments, N] in its own dtype.
 
     scales float32 [E, K/(128·GROUP_STEPS), N] for `group`, [E, ⌈N/128⌉, K/128] for `block` with token_group_scales [R, K/128];
-    row_scale [E, N]; token_scale [R]; expert_scale [E]; with GATHER, rows int32 [assignments] is the row of x of each assignment.
+    row_scale [E, N]; token_scale [R]; expert_scale [E]. PER_TOKEN 0: row s of x is the sorted assignment s; else x has a row a
+    token, and order int32 [assignments] says whose. GATED: a program takes BLOCK_N/2 gate rows and their up rows, and out is
+    silu(gate)·up [assignments, N/2], with K not split.
     """
     n_block, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(tiles + tile * 3).to(tl.int64)
     if expert < 0:
         return
     first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    t = tl.arange(0, BLOCK_T)
+    t, i = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N)
     inside = t < count
     row = tl.where(inside, first + t, first).to(tl.int64)
-    if GATHER:
-        row = tl.load(rows + row).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
+    if PER_TOKEN:
+        row = (tl.load(order + row) // PER_TOKEN).to(tl.int64)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    if GATED:
+        n = n_block * WIDTH + i % WIDTH + (i // WIDTH) * (N // 2)
+        second = n_block * WIDTH + N // 2
+    else:
+        n = n_block * BLOCK_N + i
+        second = n_block * BLOCK_N + BLOCK_N // 2
     BYTES: tl.constexpr = 128 if WEIGHT == "e4m3" else 64
-    b = tl.arange(0, BYTES)
+    b, k128 = tl.arange(0, BYTES), tl.arange(0, 128)
     steps = K // 128
     share = tl.cdiv(steps, tl.num_programs(2))
     begin = split * share
     end = tl.minimum(begin + share, steps)
-    w_tile = (expert * (N // 64) + n_block * (BLOCK_N // 64) + n // 64) * steps
-    w_at = w + (w_tile + begin)[:, None] * (64 * BYTES) + (n % 64)[:, None] * BYTES + b[None, :]
-    x_at = x + row[:, None] * K + begin * 128 + b[None, :]
+    w_tile = (expert * (N // 64) + n // 64) * steps + begin
+    w_at = w + w_tile[:, None] * (64 * BYTES) + (n % 64)[:, None] * BYTES + b[None, :]
+    x_at = x + row[:, None] * K + begin * 128 + k128[None, :]
     if SCALES == "group":
-        s_at = scales + (expert * (steps // GROUP_STEPS) + begin // GROUP_STEPS) * N + n_block * BLOCK_N + n
+        s_at = scales + (expert * (steps // GROUP_STEPS) + begin // GROUP_STEPS) * N + n
     if SCALES == "block":
-        s_at = scales + (expert * tl.cdiv(N, 128) + n_block * BLOCK_N // 128) * steps + begin
+        # Each half of a program's rows lies in one block of 128: two numbers a step, where a vector would be one load a row.
+        HALVES: tl.constexpr = GATED or BLOCK_N > 128
+        low_at = scales + (expert * tl.cdiv(N, 128) + n_block * WIDTH // 128) * steps + begin
+        high_at = scales + (expert * tl.cdiv(N, 128) + second // 128) * steps + begin
         a_at = token_group_scales + row * steps + begin
-    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WEIGHT == "int4_int8" else tl.float32)
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WEIGHT == "int4_int8" else tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for k in tl.range(begin, end, num_stages=STAGES):
-        packed = tl.load(w_at)
+        codes, xv = _operand(tl.load(w_at), WEIGHT, NATIVE), tl.load(x_at)
         if WEIGHT == "int4_int8":
-            acc = _products(packed, x_at, acc, WEIGHT, NATIVE)
+            acc = tl.dot(codes, tl.trans(xv), acc, out_dtype=tl.int32)
         else:
-            partial = _products(packed, x_at, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), WEIGHT, NATIVE)
+            if SWAP:
+                partial = tl.dot(codes, tl.trans(xv))
+            else:
+                partial = tl.dot(xv, tl.trans(codes))
             if SCALES == "group":
                 acc += partial * tl.load(s_at)[:, None]
                 if GROUP_STEPS == 1:
@@ -141,19 +161,39 @@ def grouped_gemm_kernel(
                 else:
                     s_at += tl.where((k + 1) % GROUP_STEPS == 0, N, 0)
             elif SCALES == "block":
-                acc += partial * (tl.load(s_at) * tl.load(a_at))[None, :]
-                s_at += 1
+                if HALVES:
+                    s = tl.where(i < BLOCK_N // 2, tl.load(low_at), tl.load(high_at))
+                    if SWAP:
+                        acc += partial * (s[:, None] * tl.load(a_at)[None, :])
+                    else:
+                        acc += partial * (tl.load(a_at)[:, None] * s[None, :])
+                else:
+                    s = tl.load(low_at) * tl.load(a_at)
+                    if SWAP:
+                        acc += partial * s[None, :]
+                    else:
+                        acc += partial * s[:, None]
+                low_at += 1
+                high_at += 1
                 a_at += 1
             else:
                 acc += partial
         w_at += 64 * BYTES
         x_at += 128
+    if SWAP:
+        acc = tl.trans(acc)
     y = acc.to(tl.float32) * FACTOR
     if ROW_SCALE:
-        y *= tl.load(row_scale + expert * N + n_block * BLOCK_N + n)[:, None]
+        y *= tl.load(row_scale + expert * N + n)[None, :]
     if TOKEN_SCALE:
-        y *= tl.load(token_scale + row)[None, :]
+        y *= tl.load(token_scale + row)[:, None]
     if EXPERT_SCALE:
         y *= tl.load(expert_scale + expert)
-    out_row = (split.to(tl.int64) * assignments + first + t) * N + n_block * BLOCK_N
-    tl.store(out + out_row[:, None] + n[None, :], tl.trans(y).to(out.dtype.element_ty), mask=inside[:, None])
+    columns = n_block * WIDTH + tl.arange(0, WIDTH)
+    if GATED:
+        y = _swiglu(y, BLOCK_T, WIDTH)
+        width = N // 2
+    else:
+        width = N
+    at = (split.to(tl.int64) * assignments + first + t)[:, None] * width + columns[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside[:, None])

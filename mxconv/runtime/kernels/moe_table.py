@@ -6,7 +6,7 @@ Classes are by the average number of assignments an expert, which the shapes alo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mxconv.runtime.kernels.moe_pack import STEP, Kind
 
@@ -27,11 +27,15 @@ class Launch:
     warps: int
     stages: int
     splits: int = 1
+    swap: bool = True
+    """The weights are the wide operand; see moe_gemm."""
+    gated: bool = False
+    """SwiGLU is done by the GEMM."""
 
 
 _SAME = (
-    (12, Launch(block_n=128, block_t=16, warps=4, stages=5)), (24, Launch(block_n=128, block_t=32, warps=4, stages=4)),
-    (48, Launch(block_n=128, block_t=64, warps=8, stages=4)), (1 << 30, Launch(block_n=128, block_t=128, warps=8, stages=4)),
+    (16, Launch(block_n=128, block_t=16, warps=4, stages=4)), (40, Launch(block_n=128, block_t=32, warps=4, stages=4)),
+    (1 << 30, Launch(block_n=128, block_t=64, warps=4, stages=4)),
 )  # fmt: skip
 _BLOCKS: Mapping[Kind, tuple[tuple[int, Launch], ...]] = {"int4_e4m3": _SAME, "int4_int8": _SAME, "e4m3": _SAME}
 """Inner loop → (assignments an expert up to which it holds, blocks)."""
@@ -51,14 +55,14 @@ def max_tiles(assignments: int, experts: int, block_t: int) -> int:
     return max(1, min(assignments, assignments // block_t + experts))
 
 
-def launch_of(kind: Kind, assignments: int, experts: int, n: int, k: int) -> Launch:
-    """The launch of a GEMM of [assignments, k] with experts [n, k]."""
+def launch_of(kind: Kind, assignments: int, experts: int, n: int, k: int, *, gate: bool = False) -> Launch:
+    """The launch of a GEMM of [assignments, k] with experts [n, k]; with `gate` it does SwiGLU too where K is not split."""
     blocks = _blocks(kind, assignments, experts)
-    block_n = blocks.block_n if n % blocks.block_n == 0 else 64
+    block_n = next(size for size in (blocks.block_n, 128, 64) if n % size == 0 and (n // 2) % (size // 2) == 0)
     splits = 1
     if assignments <= SPLIT_ASSIGNMENTS:
         programs = -(-n // block_n) * max_tiles(assignments, experts, blocks.block_t)
         steps = k // STEP
         while programs * splits * 2 <= PROGRAMS * 2 and steps // (splits * 2) >= MIN_STEPS:
             splits *= 2
-    return Launch(block_n=block_n, block_t=blocks.block_t, warps=blocks.warps, stages=blocks.stages, splits=splits)
+    return replace(blocks, block_n=block_n, splits=splits, gated=gate and splits == 1)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxconv.quantize.schemes import SCHEMES, Scheme, get_scheme
-from mxconv.runtime.coded import Coded, scale_shape
-from mxconv.runtime.linear import QuantizedLinear
+from mxconv.runtime.coded import Coded, rotate, rotated_weight, scale_shape
+from mxconv.runtime.linear import quantize_activation
 
 VARIANTS = (
     *SCHEMES.values(), get_scheme("w4afp8", group_size=256, hadamard_block=256), get_scheme("w4afp8_static", group_size="channel")
@@ -48,25 +48,30 @@ def random_experts(scheme: Scheme, experts: int, hidden: int, intermediate: int,
 
 
 def random_inputs(tokens: int, hidden: int, experts: int, per_token: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """x float32 [T, H] of tokens of different size, one of them zero; chosen int64 and weights float32 [T, k], distinct experts."""
+    """x float32 [T, H] of tokens of different size, one of many zero; chosen int64 and weights float32 [T, k], distinct experts."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=generator) * torch.logspace(-1, 0.5, tokens)[:, None]
-    x[tokens // 2] = 0.0
+    if tokens > 2:
+        x[tokens // 2] = 0.0
     chosen = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :per_token].contiguous()
     weights = torch.rand(tokens, per_token, generator=generator) + 0.1
     return x, chosen, weights / weights.sum(-1, keepdim=True)
 
 
-def reference(
-    scheme: Scheme, pairs: list[tuple[Coded, Coded]], x: Tensor, chosen: Tensor, weights: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Σ_j weights · down(silu(gate x)·(up x)) in `dtype`, activations quantized, expert by expert."""
-    y = torch.zeros_like(x, dtype=dtype)
+def project(coded: Coded, scheme: Scheme, projection: str, x: Tensor) -> Tensor:
+    """x [tokens, in] through one quantized projection as runtime.linear defines it, in the dtype of x."""
+    rint = scheme.activation.rint_down_input and projection == "down_proj"
+    rotated = rotate(x, scheme.rotation[projection])
+    quantized = quantize_activation(rotated, scheme.activation, coded.activation_scale, rint=rint)
+    return quantized @ rotated_weight(coded, scheme, x.dtype).t()
+
+
+def reference(scheme: Scheme, pairs: list[tuple[Coded, Coded]], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j weights · down(silu(gate x)·(up x)) in the dtype of x, activations quantized, expert by expert."""
+    y = torch.zeros_like(x)
     for expert, (up_gate, down) in enumerate(pairs):
         tokens, j = (chosen == expert).nonzero(as_tuple=True)
-        if not len(tokens):
-            continue
-        first, second = QuantizedLinear(up_gate, scheme, "up_gate", dtype), QuantizedLinear(down, scheme, "down", dtype)
-        gate, up = first(x[tokens].to(dtype), "quantized").chunk(2, -1)
-        y.index_add_(0, tokens, second(F.silu(gate) * up, "quantized") * weights[tokens, j, None].to(dtype))
+        if len(tokens):
+            gate, up = project(up_gate, scheme, "up_gate_proj", x[tokens]).chunk(2, -1)
+            y.index_add_(0, tokens, project(down, scheme, "down_proj", F.silu(gate) * up) * weights[tokens, j, None].to(x.dtype))
     return y
