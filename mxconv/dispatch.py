@@ -64,6 +64,8 @@ def triton_wanted(operation: str, device: torch.device, dtype: torch.dtype, **sh
     Raises UsageError for an unknown `MXCONV_KERNELS`, and under `triton` where the operation has no kernel.
     """
     choice = os.environ.get(VARIABLE) or None
+    if choice is None and device.type != "cuda":
+        return False
     if choice is not None and choice not in CHOICES:
         raise UsageError(f"unknown {VARIABLE}", expected=" or ".join(CHOICES), got=choice)
     if choice == "torch":

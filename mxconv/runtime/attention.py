@@ -17,6 +17,7 @@ from mxconv.dispatch import triton_wanted
 from mxconv.runtime.batch import Batch
 from mxconv.runtime.cache import Past
 from mxconv.runtime.lightning import LightningDecay
+from mxconv.runtime.linear import arranged
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import scale_by_rms, statistics_dtype
 from mxconv.runtime.parallel import Group
@@ -31,15 +32,18 @@ CHUNK_TOKENS = 4096
 class LightningAttention:
     """A lightning layer: silu on q, k and v, decayed linear attention, one norm over all heads of all ranks, a sigmoid gate."""
 
-    def __init__(self, weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype, *, keep: bool
+    ) -> None:
         config = weights.config
         self.layer, self.group, self.head_dim = layer, group, config.head_dim
         self.width = config.num_attention_heads * config.head_dim
         self.inputs, self.norms, self.outputs, self.decays = {}, {}, {}, {}
+        order = arranged if keep else _as_given
         for rank in group.ranks:
-            self.inputs[rank] = weights.fused(layer, ("q", "k", "v", "output_gate"), rank, dtype).to(device)
+            self.inputs[rank] = order(weights.fused(layer, ("q", "k", "v", "output_gate"), rank, dtype).to(device))
             self.norms[rank] = weights.dense(layer, "linear_norm", rank, dtype).to(device)
-            self.outputs[rank] = weights.dense(layer, "attn_out", rank, dtype).to(device)
+            self.outputs[rank] = order(weights.dense(layer, "attn_out", rank, dtype).to(device))
             self.decays[rank] = LightningDecay(weights.rates(layer, rank), device, statistics_dtype(dtype))
 
     def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
@@ -92,14 +96,17 @@ class LightningAttention:
 class SoftmaxAttention:
     """A softmax layer: grouped queries, rotary positions on the first dims, causal."""
 
-    def __init__(self, weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype, *, keep: bool
+    ) -> None:
         config = weights.config
         self.layer, self.group, self.head_dim = layer, group, config.head_dim
         self.heads = config.num_attention_heads // group.size
         self.inputs, self.outputs = {}, {}
+        order = arranged if keep else _as_given
         for rank in group.ranks:
-            self.inputs[rank] = weights.fused(layer, ("q", "k", "v"), rank, dtype).to(device)
-            self.outputs[rank] = weights.dense(layer, "attn_out", rank, dtype).to(device)
+            self.inputs[rank] = order(weights.fused(layer, ("q", "k", "v"), rank, dtype).to(device))
+            self.outputs[rank] = order(weights.dense(layer, "attn_out", rank, dtype).to(device))
 
     def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, H] → [B, T, H]."""
@@ -115,12 +122,16 @@ class SoftmaxAttention:
         return out.flatten(2)
 
 
+def _as_given(weight: Tensor) -> Tensor:
+    return weight
+
+
 def make_attention(
-    weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype
+    weights: Weights, layer: int, group: Group, device: torch.device, dtype: torch.dtype, *, keep: bool
 ) -> LightningAttention | SoftmaxAttention:
-    """The attention of `layer`, its weights widened to `dtype` on `device`."""
+    """The attention of `layer`, its weights widened to `dtype` on `device`; `keep` if it serves many calls."""
     kind = LightningAttention if weights.config.layer_types[layer] == LINEAR else SoftmaxAttention
-    return kind(weights, layer, group, device, dtype)
+    return kind(weights, layer, group, device, dtype, keep=keep)
 
 
 def attend_in_chunks(

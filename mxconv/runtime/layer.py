@@ -28,7 +28,7 @@ class DecoderLayer:
         self.mlp_factors = config.mlp_alpha, config.mlp_beta
         self.attn_norm = weights.dense(index, "attn_norm", group.ranks[0], dtype).to(device)
         self.mlp_norm = weights.dense(index, "mlp_norm", group.ranks[0], dtype).to(device)
-        self.attention = make_attention(weights, index, group, device, dtype)
+        self.attention = make_attention(weights, index, group, device, dtype, keep=keep)
         self.feed_forward = FeedForward(weights, index, group, device, dtype, keep=keep)
 
     def __call__(

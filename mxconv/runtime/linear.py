@@ -38,6 +38,17 @@ class Projection(Protocol):
         ...
 
 
+def arranged(weight: Tensor) -> Tensor:
+    """`weight` [out, in] in the memory order in which a CPU multiplies one token fastest, for weights that are kept.
+
+    Rows that are shorter than columns are laid out column by column: a row's dot product is over before it is fast (measured on
+    4096×256: 20 GB/s instead of 7). On a GPU the order as given is as good.
+    """
+    if weight.device.type != "cpu":
+        return weight
+    return weight.t().contiguous().t() if weight.shape[0] > weight.shape[1] else weight.contiguous()
+
+
 class Linear:
     """x·wᵀ with an unquantized weight [out, in]; activations are never quantized."""
 
@@ -74,12 +85,13 @@ def quantize_activation(x: Tensor, rule: ActivationRule, stored_scale: Tensor | 
 class QuantizedLinear:
     """A quantized projection of one rank, widened once: w' [out, in] in float32 at least."""
 
-    def __init__(self, coded: Coded, scheme: Scheme, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, coded: Coded, scheme: Scheme, name: str, dtype: torch.dtype, *, keep: bool = False) -> None:
         projection = PROJECTION[name]
         self.rule = scheme.activation
         self.rotation = scheme.rotation[projection]
         self.rint = self.rule.rint_down_input and projection == "down_proj"
-        self.weight = rotated_weight(coded, scheme, statistics_dtype(dtype))
+        weight = rotated_weight(coded, scheme, statistics_dtype(dtype))
+        self.weight = arranged(weight) if keep else weight
         self.activation_scale = coded.activation_scale
 
     def __call__(self, x: Tensor, activations: Activations) -> Tensor:
@@ -91,10 +103,11 @@ class QuantizedLinear:
 
 
 def projection(
-    weights: Weights, layer: int, name: str, rank: int, device: torch.device, dtype: torch.dtype
+    weights: Weights, layer: int, name: str, rank: int, device: torch.device, dtype: torch.dtype, *, keep: bool
 ) -> Projection:
-    """The projection `name` of `layer` as `rank` computes it, widened to `dtype` on `device`."""
+    """The projection `name` of `layer` as `rank` computes it, widened to `dtype` on `device`; `keep` if it serves many calls."""
     coded = weights.coded(layer, name, rank)
     if coded is None or weights.scheme is None:
-        return Linear(weights.dense(layer, name, rank, dtype).to(device))
-    return QuantizedLinear(coded.to(device), weights.scheme, name.rsplit(".", 1)[-1], dtype)
+        weight = weights.dense(layer, name, rank, dtype).to(device)
+        return Linear(arranged(weight) if keep else weight)
+    return QuantizedLinear(coded.to(device), weights.scheme, name.rsplit(".", 1)[-1], dtype, keep=keep)

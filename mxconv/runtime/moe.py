@@ -59,12 +59,13 @@ class Experts:
         """(up_gate, down) of `stem`: `experts.3`, `shared` or `mlp`."""
         found = self._kept.get((stem, rank))
         if found is None:
+            keep = self._keep and (self._keep_routed or not stem.startswith("experts."))
             up_gate, down = (
-                projection(self._weights, self._layer, f"{stem}.{name}", rank, self._device, self._dtype)
+                projection(self._weights, self._layer, f"{stem}.{name}", rank, self._device, self._dtype, keep=keep)
                 for name in ("up_gate", "down")
             )
             found = up_gate, down
-            if self._keep and (self._keep_routed or not stem.startswith("experts.")):
+            if keep:
                 self._kept[stem, rank] = found
         return found
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxconv.runtime.linear import arranged
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.parallel import Group
 
@@ -24,6 +25,8 @@ class Vocabulary:
         self.each = weights.rank_rows(name)
         self.size = weights.config.vocab_size
         self._kept = {rank: self._read(rank, 0, self.each) for rank in group.ranks} if keep else {}
+        if name == "lm_head":
+            self._kept = {rank: arranged(rows) for rank, rows in self._kept.items()}
 
     def _read(self, rank: int, start: int, stop: int) -> Tensor:
         return self._weights.rows(self._name, rank, start, stop).to(device=self._device, dtype=self._dtype)

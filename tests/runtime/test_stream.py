@@ -72,8 +72,8 @@ def test_one_expert_and_one_layer_at_a_time(wide: Path, monkeypatch: pytest.Monk
     def watched(module: ModuleType, name: str, kind: str) -> None:
         original = getattr(module, name)
 
-        def make(*args: object) -> object:
-            thing = original(*args)
+        def make(*args: object, **options: object) -> object:
+            thing = original(*args, **options)
             watch(thing, kind)
             return thing
 
