@@ -10,8 +10,9 @@ nor decays. Rows of q·S are scaled after the product, in float32. S·e^(-s·m) 
 rounds to 1 - 2⁻²⁴ would otherwise be off by the same rounding in each of 10⁵ chunks.
 
 A segment's start needs the state behind all tokens before it. `lightning_states` writes what each segment alone leaves
-(`locals` [S, N, segments, D, D]), and `lightning_outputs` sums the decayed states before its own. Tokens whose decay to the
-segment's end is below e^-`REACH` are left out of both: heads that decay fast read only a short halo twice.
+(`local_states` [S, N, segments, D, D]), and a program of `lightning_outputs`, which takes `PARTS` segments, sums the decayed states
+before its own. Tokens whose decay to the segment's end is below e^-`reach` are left out of both: heads that decay fast read only
+a short halo twice.
 
 This file needs triton alone, so that it compiles for a GPU where there is no torch.
 """
@@ -124,7 +125,7 @@ def lightning_states(
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Local state of each segment but the last. Grid (column blocks · (segments - 1), heads, sequences).
+    """Local states of the first segments, as many as the grid has: (column blocks · those, heads, sequences).
 
     Walks backwards, each token decayed to the segment's end at once: S itself is never scaled, and the output pass, which starts
     at the segment's first token, finds what was read last still in the cache.
@@ -193,16 +194,17 @@ def lightning_outputs(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, heads, segments,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
-    STARTED: tl.constexpr, POOLED: tl.constexpr, SEGMENTED: tl.constexpr,
+    STARTED: tl.constexpr, POOLED: tl.constexpr, SEGMENTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of each segment, and the state behind the last. Grid (column blocks · segments, heads, sequences)."""
+    """Outputs, and the state behind the last token. Grid (column blocks · segments / PARTS, heads, sequences)."""
     blocks: tl.constexpr = (D + BV - 1) // BV
     column = tl.program_id(0) % blocks * BV
-    segment, head, sequence = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
+    segment, head, sequence = tl.program_id(0) // blocks * PARTS, tl.program_id(1), tl.program_id(2)
     d, n, i = tl.arange(0, DP), column + tl.arange(0, BV), tl.arange(0, C)
     inside = (d < D)[:, None] & (n < D)[None, :]
     s = tl.load(rates + head).to(tl.float32)
-    row, begin, stop, length, size = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
+    row, begin, _, length, size = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
+    stop = tl.minimum(begin + PARTS * size, length)
     row_of_state = sequence.to(tl.int64)
     padding = False
     if POOLED:
@@ -249,5 +251,5 @@ def lightning_outputs(
         before += m
         o_pointers = out + far * stride_ot + i[:, None] * stride_ot + n[None, :]
         tl.store(o_pointers, o.to(out.dtype.element_ty), mask=(start + i < stop)[:, None] & (n < D)[None, :])
-    if segment == segments - 1:
+    if segment == segments - PARTS:
         tl.store(final + row_of_state * D * D + d[:, None] * D + n[None, :], state, mask=inside)

@@ -55,11 +55,14 @@ def bounds_of(sequence, segment, segments, lengths, tokens, VARLEN: gl.constexpr
 
 @gluon.jit
 def state_before(
-    initial, row_of_state, local_states, place, segment, size, length, begin, s, reach, tile,
-    D: gl.constexpr, BV: gl.constexpr, MMA: gl.constexpr, STARTED: gl.constexpr, SEGMENTED: gl.constexpr,
+    initial, row_of_state, local_states, place, segment, size, length, begin, s, reach, column,
+    D: gl.constexpr, BV: gl.constexpr, STARTED: gl.constexpr, SEGMENTED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As `lightning_chunks.state_before`, without a mask."""
-    state = gl.zeros((D, BV), gl.float32, MMA)
+    """As `lightning_chunks.state_before`, without a mask; 16 bytes a thread, two segments in flight."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [num_warps, 1], [1, 0])
+    d, n = gl.arange(0, D, gl.SliceLayout(1, WIDE)), gl.arange(0, BV, gl.SliceLayout(0, WIDE))
+    tile = d[:, None] * D + column + n[None, :]
+    state = gl.zeros((D, BV), gl.float32, WIDE)
     if STARTED:
         state = gl.load(initial + row_of_state * D * D + tile)
         if SEGMENTED:
@@ -70,9 +73,12 @@ def state_before(
         while (first > 0) & (s * gap <= reach):
             first -= 1
             gap = (begin - gl.minimum(first * size, length)).to(gl.float32)
-        for other in range(first, segment):
+        for other in range(first, segment, 2):
             gap = (begin - gl.minimum((other + 1) * size, length)).to(gl.float32)
-            state += gl.exp(-s * gap) * gl.load(local_states + place + gl.cast(other, gl.int64) * D * D + tile)
+            next_gap = (begin - gl.minimum((other + 2) * size, length)).to(gl.float32)
+            at = local_states + place + gl.cast(other, gl.int64) * D * D
+            one, two = gl.load(at + tile), gl.load(at + D * D + tile, mask=tile < (segment - other - 1) * D * D, other=0.0)
+            state += gl.exp(-s * gap) * one + gl.exp(-s * gl.maximum(next_gap, 0.0)) * two
     return state
 
 
@@ -107,9 +113,10 @@ def hopper_outputs(
     q, k, v, out, q_rows, k_rows, v_rows, out_rows, rates, lengths, initial, final, slots, local_states, reach,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, heads, segments,
     D: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
-    STARTED: gl.constexpr, POOLED: gl.constexpr, SEGMENTED: gl.constexpr, num_warps: gl.constexpr,
+    STARTED: gl.constexpr, POOLED: gl.constexpr, SEGMENTED: gl.constexpr, PARTS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Outputs of each segment, and the state behind the last. Grid (column blocks · segments, heads, sequences).
+    """Outputs, and the state behind the last token. Grid (column blocks · segments / PARTS, heads, sequences).
 
     `*_rows` are tensor descriptors [rows, width] of the same memory as q, k, v, out.
     """
@@ -120,9 +127,10 @@ def hopper_outputs(
     OF_ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     blocks: gl.constexpr = D // BV
     column = gl.program_id(0) % blocks * BV
-    segment, head, sequence = gl.program_id(0) // blocks, gl.program_id(1), gl.program_id(2)
+    segment, head, sequence = gl.program_id(0) // blocks * PARTS, gl.program_id(1), gl.program_id(2)
     s = gl.load(rates + head).to(gl.float32)
-    row, begin, stop, length, size = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
+    row, begin, _, length, size = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
+    stop = gl.minimum(begin + PARTS * size, length)
     row_of_state = sequence.to(gl.int64)
     if POOLED:
         row_of_state = gl.load(slots + sequence).to(gl.int64)
@@ -140,8 +148,10 @@ def hopper_outputs(
     tile = d[:, None] * D + column + n[None, :]
     place = (sequence.to(gl.int64) * heads + head) * segments * D * D
     state = state_before(
-        initial, row_of_state, local_states, place, segment, size, length, begin, s, reach, tile, D, BV, MMA, STARTED, SEGMENTED
-    )
+        initial, row_of_state, local_states, place, segment, size, length, begin, s, reach, column,
+        D, BV, STARTED, SEGMENTED, num_warps,
+    )  # fmt: skip
+    state = gl.convert_layout(state, MMA)
 
     q_s = gl.allocate_shared_memory(DTYPE, [STAGES, C, D], q_rows.layout)
     k_s = gl.allocate_shared_memory(DTYPE, [STAGES, C, D], k_rows.layout)
@@ -233,5 +243,5 @@ def hopper_outputs(
         o_at = out_row + gl.cast(start, gl.int64) * stride_ot + i[:, None] * stride_ot + n[None, :]
         gl.store(o_at, o_tail.to(DTYPE), mask=(start + i < stop)[:, None])
     tma.store_wait(0)
-    if segment == segments - 1:
+    if segment == segments - PARTS:
         gl.store(final + row_of_state * D * D + tile, state)

@@ -55,11 +55,11 @@ def _launch(columns: int, chunk: int, warps: int, stages: int) -> Launch:
 
 _HOPPER = _launch(64, 64, 4, 4)
 LAUNCHES: Mapping[tuple[int, bool], Launches] = {
-    (64, True): Launches(outputs=_launch(64, 64, 4, 4), states=_launch(64, 64, 4, 4), hopper=_HOPPER),
-    (128, True): Launches(outputs=_launch(64, 64, 4, 4), states=_launch(128, 64, 8, 4), hopper=_HOPPER),
+    (64, True): Launches(outputs=_launch(32, 64, 4, 3), states=_launch(64, 64, 4, 4), hopper=_HOPPER),
+    (128, True): Launches(outputs=_launch(32, 64, 4, 3), states=_launch(128, 64, 8, 4), hopper=_HOPPER),
     (256, True): Launches(outputs=_launch(32, 64, 4, 2), states=_launch(64, 64, 8, 3)),
-    (64, False): Launches(outputs=_launch(32, 32, 4, 2), states=_launch(32, 32, 4, 2)),
-    (128, False): Launches(outputs=_launch(32, 32, 4, 2), states=_launch(32, 32, 4, 2)),
+    (64, False): Launches(outputs=_launch(64, 64, 4, 1), states=_launch(32, 32, 4, 1)),
+    (128, False): Launches(outputs=_launch(64, 64, 8, 1), states=_launch(32, 32, 4, 1)),
     (256, False): Launches(outputs=_launch(32, 32, 8, 1), states=_launch(32, 32, 8, 1)),
 }
 """By head_dim padded to a power of two (64 at least), and whether operands take two bytes; measured on an H200."""
@@ -138,11 +138,29 @@ def _checked_states(state: Tensor | None, slots: Tensor | None, packed: Packed) 
         raise UsageError("one slot for each sequence", expected=(packed.sequences,), got=tuple(slots.shape))
 
 
-def segments_of(packed: Packed, columns: int, device: torch.device) -> int:
-    """Segments of each sequence: as many as fill the GPU once, of `SHORTEST_SEGMENT` tokens at least."""
-    programs = max(1, packed.sequences * packed.heads * -(-packed.size // columns))
-    typical = packed.rows // max(1, packed.sequences)
-    return max(1, min(_processors(device) // programs, typical // SHORTEST_SEGMENT))
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How each sequence is cut: programs of the output pass, and the segments, each with a state of its own, that one takes."""
+
+    programs: int
+    parts: int = 1
+
+    @property
+    def segments(self) -> int:
+        """Segments of a sequence."""
+        return self.programs * self.parts
+
+
+def cut_of(packed: Packed, launches: Launches, device: torch.device) -> Cut:
+    """As many programs of the output pass as fill the GPU once, and as many of the state pass where segments stay long enough."""
+
+    def fitting(columns: int) -> int:
+        alone = packed.sequences * packed.heads * -(-packed.size // columns)
+        typical = packed.rows // max(1, packed.sequences)
+        return max(1, min(_processors(device) // max(1, alone), typical // SHORTEST_SEGMENT))
+
+    programs = fitting((launches.hopper or launches.outputs).columns)
+    return Cut(programs, max(1, fitting(launches.states.columns) // programs) if programs > 1 else 1)
 
 
 class _Call:
@@ -150,9 +168,9 @@ class _Call:
 
     def __init__(
         self, packed: Packed, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rates: Tensor, cu_seqlens: Tensor | None,
-        mask: Tensor | None, silu: bool, segments: int,
+        mask: Tensor | None, silu: bool, cut: Cut,
     ) -> None:  # fmt: skip
-        self.packed, self.q, self.k, self.v, self.out, self.rates, self.segments = packed, q, k, v, out, rates, segments
+        self.packed, self.q, self.k, self.v, self.out, self.rates, self.cut = packed, q, k, v, out, rates, cut
         self.strides = _row_strides(q, "q"), _row_strides(k, "k"), _row_strides(v, "v"), _row_strides(out, "out")
         self.lengths = rates if cu_seqlens is None else cu_seqlens
         self.counts = rates if mask is None else mask.reshape(packed.sequences, packed.tokens).cumsum(1, dtype=torch.int32)
@@ -166,22 +184,22 @@ class _Call:
         columns = -(-self.packed.size // min(launch.columns, self.padded))
         return columns * segments, self.packed.heads, self.packed.sequences
 
-    def _launch(self, kernel: Any, launch: Launch, segments: int, *arguments: object, **flags: object) -> None:
-        kernel[self._grid(launch, segments)](
-            *arguments, self.packed.tokens, self.packed.heads, self.segments, **self.flags, **flags,
+    def _launch(self, kernel: Any, launch: Launch, programs: int, *arguments: object, **flags: object) -> None:
+        kernel[self._grid(launch, programs)](
+            *arguments, self.packed.tokens, self.packed.heads, self.cut.segments, **self.flags, **flags,
             BV=min(launch.columns, self.padded), C=launch.chunk, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
     def run_states(self, launch: Launch) -> Tensor:
-        """What each segment but the last leaves behind: float32 [S, N, segments, D, D]."""
+        """What each segment leaves behind, but those of the last program: float32 [S, N, segments, D, D]."""
         from mxconv.runtime.kernels.lightning_chunks import lightning_states
 
         packed = self.packed
-        shape = (packed.sequences, packed.heads, self.segments, packed.size, packed.size)
+        shape = (packed.sequences, packed.heads, self.cut.segments, packed.size, packed.size)
         local_states = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         self._launch(
-            lightning_states, launch, self.segments - 1, self.k, self.v, self.rates, self.lengths, self.counts, local_states,
+            lightning_states, launch, self.cut.segments - self.cut.parts, self.k, self.v, self.rates, self.lengths, self.counts, local_states,
             REACH[self.q.dtype], *self.strides[1], *self.strides[2],
         )  # fmt: skip
         return local_states
@@ -192,7 +210,7 @@ class _Call:
         """Write `out` and `final`, by the Hopper kernel where its conditions are met."""
         tensors, nothing = (self.q, self.k, self.v, self.out), self.rates  # `nothing` is never read: its flag is off
         rows = self._hopper_rows(launches.hopper)
-        flags = {"STARTED": state is not None, "POOLED": slots is not None, "SEGMENTED": self.segments > 1}
+        flags = {"STARTED": state is not None, "POOLED": slots is not None, "SEGMENTED": self.cut.programs > 1, "PARTS": self.cut.parts}
         behind = (
             nothing if state is None else state, final, nothing if slots is None else slots,
             nothing if local_states is None else local_states, REACH[self.q.dtype], *(n for pair in self.strides for n in pair),
@@ -200,9 +218,9 @@ class _Call:
         if rows is not None and launches.hopper is not None:
             from mxconv.runtime.kernels.lightning_hopper import hopper_outputs
 
-            grid = self._grid(launches.hopper, self.segments)
+            grid = self._grid(launches.hopper, self.cut.programs)
             hopper_outputs[grid](
-                *tensors, *rows, self.rates, self.lengths, *behind, self.packed.tokens, self.packed.heads, self.segments,
+                *tensors, *rows, self.rates, self.lengths, *behind, self.packed.tokens, self.packed.heads, self.cut.segments,
                 D=self.packed.size, BV=launches.hopper.columns, C=launches.hopper.chunk, STAGES=launches.hopper.stages,
                 VARLEN=self.flags["VARLEN"], num_warps=launches.hopper.warps, **flags,
             )  # fmt: skip
@@ -210,7 +228,7 @@ class _Call:
         from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
 
         inputs = *tensors, self.rates, self.lengths, self.counts
-        self._launch(lightning_outputs, launches.outputs, self.segments, *inputs, *behind, **flags)
+        self._launch(lightning_outputs, launches.outputs, self.cut.programs, *inputs, *behind, **flags)
 
     def _hopper_rows(self, launch: Launch | None) -> tuple[Any, ...] | None:
         """Tensor descriptors of q, k, v and out as [rows, width], or None where the Hopper kernel cannot take this call."""
@@ -236,7 +254,7 @@ class _Call:
 def lightning_prefill(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
     slots: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None, silu: bool = False,
-    launches: Launches | None = None, segments: int | None = None,
+    launches: Launches | None = None, cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, states behind the last tokens) of whole sequences; out has the shape and dtype of q.
 
@@ -246,7 +264,7 @@ def lightning_prefill(
     tokens, not changed; None means zeros. With `slots` int [S], `state` is instead a pool [slots, N, D, D] whose rows are read,
     updated in place, and returned as the pool; slot -1 is a padding sequence: outputs 0, no state touched. Two sequences with
     one slot are the caller's error. mask: bool [B, T], False where a token is padding: output 0, nothing added or decayed.
-    silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` and `segments`
+    silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` and `cut`
     override the measured ones.
 
     Nothing here waits for the GPU: how a batch is cut into segments is decided by the mean length of its sequences. Raises
@@ -262,8 +280,8 @@ def lightning_prefill(
     if packed.sequences == 0 or packed.heads == 0:
         return out, final
     launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
-    segments = segments or segments_of(packed, launches.outputs.columns, q.device)
-    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, silu, segments)
-    local_states = call.run_states(launches.states) if segments > 1 else None
+    cut = cut or cut_of(packed, launches, q.device)
+    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, silu, cut)
+    local_states = call.run_states(launches.states) if cut.programs > 1 else None
     call.run_outputs(launches, local_states, state, final, slots)
     return out, final

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mxconv.errors import UsageError
-from mxconv.runtime.kernels.lightning_prefill import LAUNCHES, Launch, Launches, lightning_prefill
+from mxconv.runtime.kernels.lightning_prefill import LAUNCHES, Cut, Launch, Launches, lightning_prefill
 from tests.interpreted import interpreted, under_interpreter
 from tests.runtime.kernels.lightning_reference import BARS, Case, draw, error, expected
 
@@ -21,6 +21,11 @@ CHUNKY = Launch(columns=16, chunk=64, warps=1, stages=1)
 
 def both(launch: Launch) -> Launches:
     return Launches(outputs=launch, states=launch)
+
+
+def cut_in(programs: int | None) -> Cut | None:
+    """That many programs, of two segments each where there is more than one."""
+    return None if programs is None else Cut(programs, 1 if programs == 1 else 2)
 
 
 def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: object) -> None:
@@ -42,14 +47,14 @@ def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 24)])
 def test_small(segments: int, dtype: torch.dtype, size: int) -> None:
     case = draw([0, 1, 37, 16], 2, size, dtype, "cpu", seed=segments)
-    agrees(case, launches=both(SMALL), segments=segments)
+    agrees(case, launches=both(SMALL), cut=cut_in(segments))
 
 
 @interpreted
 def test_small_segments_look_back() -> None:
     # Segments are multiples of 128 tokens: three of them, the slow head needs them all, the fast one a halo.
     case = draw([300], 2, 16, torch.float32, "cpu", rates=[1e-3, 2.0])
-    agrees(case, packed=False, started=False, launches=both(CHUNKY), segments=3)
+    agrees(case, packed=False, started=False, launches=both(CHUNKY), cut=cut_in(3))
 
 
 @interpreted
@@ -60,7 +65,7 @@ def test_small_masked_pool() -> None:
     pool[3], pool[1] = case.state
     q, k, v = (x.unflatten(0, (2, 21)) for x in (case.q, case.k, case.v))
     slots, mask = torch.tensor([3, 1]), case.mask.view(2, 21)
-    out, states = lightning_prefill(q, k, v, case.rates, pool, slots=slots, mask=mask, launches=both(SMALL), segments=2)
+    out, states = lightning_prefill(q, k, v, case.rates, pool, slots=slots, mask=mask, launches=both(SMALL), cut=cut_in(2))
     want, want_states = expected(case, started=True)
     assert states is pool
     assert error(out.flatten(0, 1), want) <= 2e-6
@@ -79,8 +84,8 @@ TRITON_ALONE = {size: dataclasses.replace(LAUNCHES[size, True], hopper=None) for
 def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> None:
     for lengths in ([64], [65], [640], [0, 1, 700, 64, 0, 2000, 130]):
         case = draw(lengths, 8, size, dtype, "cuda", seed=len(lengths))
-        agrees(case, segments=segments)
-        agrees(case, segments=segments, launches=TRITON_ALONE[size])
+        agrees(case, cut=cut_in(segments))
+        agrees(case, cut=cut_in(segments), launches=TRITON_ALONE[size])
 
 
 @GPU
@@ -99,7 +104,7 @@ def test_rows_that_tensor_copies_cannot_read() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("segments", [1, 4])
 def test_head_dims(size: int, dtype: torch.dtype, segments: int) -> None:
-    agrees(draw([1000], 8, size, dtype, "cuda"), packed=False, segments=segments)
+    agrees(draw([1000], 8, size, dtype, "cuda"), packed=False, cut=cut_in(segments))
 
 
 @GPU
@@ -115,7 +120,7 @@ def test_lengths(tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [96, 128])
 def test_packed_sequences(segments: int | None, dtype: torch.dtype, size: int) -> None:
-    agrees(draw([0, 1, 700, 64, 0, 2000, 130], 8, size, dtype, "cuda"), segments=segments)
+    agrees(draw([0, 1, 700, 64, 0, 2000, 130], 8, size, dtype, "cuda"), cut=cut_in(segments))
 
 
 @GPU
@@ -129,7 +134,7 @@ def test_padding_is_skipped(segments: int | None, dtype: torch.dtype) -> None:
     for x in (case.q, case.k, case.v):
         x[~case.mask.flatten()] = torch.nan  # what is skipped is not even read into a product
     q, k, v = (x.unflatten(0, (3, 777)) for x in (case.q, case.k, case.v))
-    out, states = lightning_prefill(q, k, v, case.rates, case.state, mask=case.mask, segments=segments)
+    out, states = lightning_prefill(q, k, v, case.rates, case.state, mask=case.mask, cut=cut_in(segments))
     flat = case.mask.flatten()
     for x in (case.q, case.k, case.v):
         x[~flat] = 0.0
@@ -149,7 +154,7 @@ def test_slots_of_a_pool(segments: int | None) -> None:
     pool[4], pool[0] = case.state[0], case.state[2]
     out = torch.full(case.q.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
     call = case.q, case.k, case.v, case.rates, pool, case.cu_seqlens
-    _, states = lightning_prefill(*call, slots=slots, out=out, segments=segments)
+    _, states = lightning_prefill(*call, slots=slots, out=out, cut=cut_in(segments))
     want, want_states = expected(case, started=True)
     assert states is pool
     assert (out[500:800] == 0).all()
@@ -163,7 +168,7 @@ def test_slots_of_a_pool(segments: int | None) -> None:
 def test_strong_and_no_decay(dtype: torch.dtype) -> None:
     rates = [40.0, 5.0, 0.9999, 0.9, 1e-3, 1e-8, 0.0, 1e4]
     for segments in (1, 4):
-        agrees(draw([4000], 8, 128, dtype, "cuda", rates=rates), packed=False, segments=segments)
+        agrees(draw([4000], 8, 128, dtype, "cuda", rates=rates), packed=False, cut=cut_in(segments))
 
 
 @GPU
@@ -171,7 +176,7 @@ def test_what_lies_beyond_reach_is_below_its_bound() -> None:
     # A huge early token, decayed by e^-reach at most when it is left out: the bound in absolute terms.
     case = draw([4096], 1, 128, torch.float32, "cuda", rates=[0.05])
     case.k[:8], case.v[:8] = 1e3, 1e3
-    outs = [lightning_prefill(case.q, case.k, case.v, case.rates, segments=segments)[0].double() for segments in (1, 16)]
+    outs = [lightning_prefill(case.q, case.k, case.v, case.rates, cut=cut_in(segments))[0].double() for segments in (1, 16)]
     bound = 128 * 8 * 1e6 * torch.exp(torch.tensor(-40.0)).item() * case.q.abs().max().item()
     far = outs[0][2048:] - outs[1][2048:]
     assert far.abs().max().item() <= bound + 1e-5 * outs[0][2048:].abs().max().item()
@@ -193,7 +198,7 @@ def test_extremes_stay_finite_where_float64_does(silu: bool) -> None:
 def test_silu_on_load(dtype: torch.dtype, segments: int) -> None:
     case = draw([0, 650, 1, 300], 4, 128, dtype, "cuda")
     raw = [torch.randn(x.shape, device="cuda").to(dtype) for x in (case.q, case.k, case.v)]
-    out, states = lightning_prefill(*raw, case.rates, case.state, case.cu_seqlens, silu=True, segments=segments)
+    out, states = lightning_prefill(*raw, case.rates, case.state, case.cu_seqlens, silu=True, cut=cut_in(segments))
     case.q, case.k, case.v = (F.silu(x.float()).to(dtype) for x in raw)
     want, want_states = expected(case, started=True)
     assert error(out, want) <= BARS[dtype][0] and error(states, want_states) <= BARS[dtype][1]
@@ -204,7 +209,7 @@ def test_silu_on_load(dtype: torch.dtype, segments: int) -> None:
 def test_a_million_tokens(heads: int, segments: int | None) -> None:
     # The rates of a last and of a middle layer's slowest heads: nothing may drift in 15,625 chunks.
     case = draw([1_000_000], heads, 128, torch.bfloat16, "cuda", rates=[4e-8, 2e-3])
-    out, states = lightning_prefill(case.q, case.k, case.v, case.rates, segments=segments)
+    out, states = lightning_prefill(case.q, case.k, case.v, case.rates, cut=cut_in(segments))
     want, want_states = expected(case, started=False)
     assert out.isfinite().all()
     assert error(out[-10_000:], want[-10_000:]) <= 2e-3
