@@ -35,7 +35,7 @@ def run_job(prepared: Prepared, output: Path, settings: Settings, console: Conso
         console.note(note)
     options = RunOptions(
         workers=settings.workers, memory_bytes=settings.memory, resume=flags["resume"], overwrite=flags["overwrite"],
-        log={"source": str(prepared.source.root.resolve()), "settings": settings.log()},
+        log={"source": str(prepared.source.root.resolve()), "settings": settings.log()}, device=settings.device,
     )  # fmt: skip
     result = execute(prepared, output, options, console)
     for note in result.notes:

@@ -1,7 +1,7 @@
 """The `quantize` operation: one projection of one expert, encoded row block by row block into whole outputs of every rank.
 
 Stored matrices are [in, out] and the source is [out, in], so that a block of source rows is a block of output columns: the
-outputs are held whole, the source never is. A tensor-wide scale takes two passes over the source.
+outputs are held whole, the source never is on the host. A tensor-wide scale takes two passes, and on the CPU two readings.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from mxconv.calibrate import Statistics
 from mxconv.errors import MxconvError
 from mxconv.execute.job import Done, Job
+from mxconv.execute.places import Place, Places
 from mxconv.execute.rawbits import Raw, raw_dtype, to_float32
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.mapping.parameters import Parameter
 from mxconv.plan.experts import streams
 from mxconv.plan.pieces import BLOCK_BYTES
 from mxconv.plan.values import Unit
-from mxconv.quantize.fast import ProjectionEncoder
 from mxconv.quantize.finite import fp16_subnormal_scales, require_fp16_scales
 from mxconv.quantize.packing import store_scale
-from mxconv.quantize.reference import scale_shape, tensor_scale
+from mxconv.quantize.reference import scale_shape
 from mxconv.quantize.schemes import FP8_BLOCK, Scheme
 from mxconv.tensors import TORCH_NAMES, whole
 
@@ -32,15 +32,11 @@ from mxconv.tensors import TORCH_NAMES, whole
 def run_quantize(unit: Unit, job: Job, findings: Findings) -> Done:
     """The stored tensors of `unit` in the order of its outputs, and how many scales its consumer will hold as subnormals."""
     scheme, reader = job.plan.request.scheme, job.reader
-    if scheme is None or unit.projection is None or unit.layer is None or unit.expert is None:
+    if scheme is None or job.places is None or unit.projection is None or unit.layer is None or unit.expert is None:
         raise MxconvError("a quantize unit names no projection or scheme", where=unit.id)
     params = {param.name: param for param in reader.source.parameters if param.name in unit.sources}
     sources = [params[name] for name in unit.sources]
-    out_features, in_features = sources[0].shape
-    encoder = ProjectionEncoder(scheme, unit.projection, out_features, in_features)
-    one_scale = _tensor_scale(encoder, sources, reader, findings) if encoder.passes == 2 else None
-    codes, scales = _encode(unit, encoder, sources, reader, Findings() if encoder.passes == 2 else findings, one_scale)
-    findings.raise_bad()
+    codes, scales = _encoded(unit, scheme, job.places, sources, reader, findings)
     facts: dict[str, object] = {}
     if scheme.weight == "int4":
         for scale in scales:
@@ -60,52 +56,86 @@ def run_quantize(unit: Unit, job: Job, findings: Findings) -> Done:
     return Done(arrays=arrays, facts=facts)
 
 
-def _tensor_scale(encoder: ProjectionEncoder, sources: list[Parameter], reader: SourceReader, findings: Findings) -> float:
-    """First pass: the scale that gate and up, or down alone, share over all ranks."""
-    absmax = 0.0
-    for param in sources:
-        for _, rows in _row_blocks(param, encoder, reader, findings):
-            if not findings.bad:
-                absmax = max(absmax, encoder.observe(rows, absmax))
-    findings.raise_bad()
-    return tensor_scale(absmax)
+def _encoded(
+    unit: Unit, scheme: Scheme, places: Places, sources: list[Parameter], reader: SourceReader, findings: Findings
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes of each rank in stored orientation, and the canonical scale of each source over all ranks, on the host.
+
+    What a GPU does not vouch for is read again and encoded on the CPU, which names what is wrong with it.
+    """
+    projection = unit.projection or ""
+    dtypes = {container.dtype for param in sources for container, _ in reader.source.bound.holders[param.name]}
+    if places.on_device and len(dtypes) == 1:
+        findings.scan = False
+        place = places.place(scheme, projection, sources[0].shape, _torch_dtype(dtypes.pop()))
+        found = _encode(unit, place, scheme, sources, reader, findings)
+        if found is not None:
+            return found
+        findings.begin_again()
+    host = places.host(scheme, projection, sources[0].shape)
+    found = _encode(unit, host, scheme, sources, reader, findings)
+    if found is None:
+        raise MxconvError("weights were not encoded", where=unit.id)
+    return found
 
 
 def _encode(
-    unit: Unit,
-    encoder: ProjectionEncoder,
-    sources: list[Parameter],
-    reader: SourceReader,
-    findings: Findings,
-    one_scale: float | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Codes of each rank in stored orientation, and the canonical scale of each source over all ranks."""
-    scheme, ranks = encoder.scheme, len(unit.coded)
-    codes = _code_buffers(unit)
-    scales = [torch.empty(scale_shape(scheme, *param.shape), dtype=torch.float32) for param in sources]
+    unit: Unit, place: Place, scheme: Scheme, sources: list[Parameter], reader: SourceReader, findings: Findings
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """What `_encoded` gives, by `place`; None when it does not vouch for it."""
+    codes = _code_buffers(unit, place)
+    scales = [place.empty(scale_shape(scheme, *param.shape), torch.float32) for param in sources]
+    ranks = len(unit.coded)
     rows_each = sources[0].shape[0] // ranks if unit.projection == "up_gate_proj" else sources[0].shape[0]
-    for slot, (param, scale) in enumerate(zip(sources, scales, strict=True)):
-        for start, rows in _row_blocks(param, encoder, reader, findings):
-            if findings.bad:
-                continue  # go on only to count every bad weight of the tensor
-            for first, last in _split(start, start + rows.shape[0], rows_each):
-                rank, column = divmod(first, rows_each)
-                column += slot * rows_each
-                target = codes[rank][:, column : column + last - first]
-                encoder.encode_into(
-                    rows[first - start : last - start], target, _scale_rows(scheme, scale, first, last), one_scale
-                )  # fmt: skip
-    if unit.projection == "down_proj":
-        return list(codes[0].chunk(ranks, dim=0)), scales
-    return codes, scales
+    for slot, start, rows in _all_rows(place, sources, reader, findings):
+        for first, last in _split(start, start + rows.shape[0], rows_each):
+            rank, column = divmod(first, rows_each)
+            column += slot * rows_each
+            target = codes[rank][:, column : column + last - first]
+            place.encode_into(rows[first - start : last - start], target, _scale_rows(scheme, scales[slot], first, last))
+    findings.raise_bad()
+    found = place.fetch([*codes, *scales])
+    if found is None:
+        return None
+    codes, scales = found[: len(codes)], found[len(codes) :]
+    return (list(codes[0].chunk(ranks, dim=0)) if unit.projection == "down_proj" else codes), scales
 
 
-def _code_buffers(unit: Unit) -> list[Tensor]:
+def _all_rows(
+    place: Place, sources: list[Parameter], reader: SourceReader, findings: Findings
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(index of the source, first row, rows) to be encoded; before them, where a scale is a whole tensor's, a pass to find it.
+
+    Once a bad weight is found nothing more comes: the rest is read only to count all that are in the tensor.
+    """
+    kept: list[tuple[int, int, Tensor]] = []
+    if place.passes == 2:
+        for slot, start, rows in _read(place, sources, reader, findings):
+            if not findings.bad:
+                rows = place.put(rows)
+                place.observe(rows)
+                kept += [(slot, start, rows)] if place.keeps else []
+        findings.raise_bad()
+        if place.keeps:
+            yield from kept
+            return
+    for slot, start, rows in _read(place, sources, reader, Findings() if place.passes == 2 else findings):
+        if not findings.bad:
+            yield slot, start, place.put(rows)
+
+
+def _read(place: Place, sources: list[Parameter], reader: SourceReader, findings: Findings) -> Iterator[tuple[int, int, Tensor]]:
+    for slot, param in enumerate(sources):
+        for start, rows in _row_blocks(param, place, reader, findings):
+            yield slot, start, rows
+
+
+def _code_buffers(unit: Unit, place: Place) -> list[Tensor]:
     """up_gate: a tensor a rank. down: one over all ranks, whose row blocks are the ranks' tensors (the input axis is cut)."""
     shape = unit.coded[0].codes.shape
     if unit.projection == "up_gate_proj":
-        return [torch.empty(shape, dtype=torch.int8) for _ in unit.coded]
-    return [torch.empty((shape[0] * len(unit.coded), shape[1]), dtype=torch.int8)]
+        return [place.empty(shape, torch.int8) for _ in unit.coded]
+    return [place.empty((shape[0] * len(unit.coded), shape[1]), torch.int8)]
 
 
 def _split(start: int, stop: int, each: int) -> Iterator[tuple[int, int]]:
@@ -134,20 +164,18 @@ def _rank_scale(scheme: Scheme, projection: str, scales: list[Tensor], rank: int
     return store_scale(scale, scheme).clone()
 
 
-def _row_blocks(
-    param: Parameter, encoder: ProjectionEncoder, reader: SourceReader, findings: Findings
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows [n, in]) of `param`, in order and in multiples of the encoder's rows."""
+def _row_blocks(param: Parameter, place: Place, reader: SourceReader, findings: Findings) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [n, in]) of `param`, in order and in multiples of the encoder's rows; good until the next but one."""
     holders = reader.source.bound.holders[param.name]
     if all(streams(container, part) for container, part in holders):
-        for block in reader.blocks(param.name, whole(param.shape), findings, encoder.rows_multiple):
+        for block in reader.blocks(param.name, whole(param.shape), findings, place.rows_multiple, place.room):
             yield block.box[0][0], _as_torch(block.values, block.dtype)
         return
     dtype = holders[0][0].dtype
     matrix = np.empty(param.shape, raw_dtype(dtype))
     for block in reader.blocks(param.name, whole(param.shape), findings):
         matrix[tuple(slice(*bounds) for bounds in block.box)] = block.values
-    step = max(1, BLOCK_BYTES // matrix[:1].nbytes // encoder.rows_multiple) * encoder.rows_multiple
+    step = max(1, BLOCK_BYTES // matrix[:1].nbytes // place.rows_multiple) * place.rows_multiple
     for start in range(0, param.shape[0], step):
         yield start, _as_torch(matrix[start : start + step], dtype)
 
@@ -157,8 +185,14 @@ def _as_torch(values: Raw, dtype: str) -> Tensor:
     if dtype == "F64":
         return torch.from_numpy(to_float32(values, dtype))
     signed = np.ascontiguousarray(values).view({2: np.int16, 4: np.int32}[values.itemsize])
-    tensor: Tensor = torch.from_numpy(signed).view(getattr(torch, TORCH_NAMES[dtype]))
+    tensor: Tensor = torch.from_numpy(signed).view(_torch_dtype(dtype))
     return tensor
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    """What `_as_torch` makes of a stored dtype."""
+    found: torch.dtype = getattr(torch, TORCH_NAMES["F32" if dtype == "F64" else dtype])
+    return found
 
 
 def _activation_scale(layer: int, expert: int, projection: str, scheme: Scheme, statistics: Statistics) -> Raw:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mxconv.calibrate import Statistics
 from mxconv.execute.rawbits import Raw
 from mxconv.execute.reading import SourceReader
 from mxconv.plan.values import Plan
 
+if TYPE_CHECKING:
+    from mxconv.execute.places import Places  # torch
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One run: its plan, its source, and the calibration statistics of a static scheme."""
+    """One run: its plan, its source, the calibration statistics of a static scheme, and where quantized weights are encoded."""
 
     plan: Plan
     reader: SourceReader
     statistics: Statistics | None
+    places: Places | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

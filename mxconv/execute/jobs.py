@@ -163,10 +163,10 @@ def quantize(
     calibration: Path | None = None, statistics: Path | None = None, device: str = "cpu",
     options: RunOptions | None = None, progress: Progress = SILENT,
 ) -> RunResult:  # fmt: skip
-    """Write `source` with its routed experts quantized by `scheme`, for `tp` ranks."""
+    """Write `source` with its routed experts quantized by `scheme`, for `tp` ranks; `device` decides speed, never a byte."""
     from mxconv.quantize.schemes import get_scheme
 
     chosen = get_scheme(scheme, group_size=group_size, hadamard_block=hadamard_block)
     request = Request(tp=tp, scheme=chosen, ignore=tuple(ignore), drop=tuple(drop), keep_decay=keep_decay)
     prepared = prepare(Path(source), request, calibration=calibration, statistics=statistics, device=device)
-    return execute(prepared, Path(output), options or RunOptions(), progress)
+    return execute(prepared, Path(output), replace(options or RunOptions(), device=device), progress)

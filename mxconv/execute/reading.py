@@ -18,6 +18,8 @@ from mxconv.plan.pieces import BLOCK_BYTES
 from mxconv.source import Source
 from mxconv.tensors import DTYPE_BYTES, Box, box_shape, intersect, whole
 
+Room = Callable[[int], Raw]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -31,14 +33,22 @@ class Block:
 
 @dataclass(slots=True)
 class Findings:
-    """What the blocks of one unit showed: the hash of the source bytes read, and Inf or NaN per tensor."""
+    """What the blocks of one unit showed: the hash of the source bytes read, and Inf or NaN per tensor.
+
+    scan: look for Inf and NaN; without it someone else does.
+    """
 
     sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
     bad: dict[str, tuple[int, str]] = field(default_factory=dict)
+    scan: bool = True
+
+    def begin_again(self) -> None:
+        """The unit is read once more from its start, looked at this time."""
+        self.sha256, self.bad, self.scan = hashlib.sha256(), {}, True
 
     def look(self, container: Container, part: Part, block: Block) -> None:
         """Count Inf and NaN, remembering where the first one is."""
-        mask = nonfinite(block.values, block.dtype)
+        mask = nonfinite(block.values, block.dtype) if self.scan else None
         if mask is None:
             return
         first = np.unravel_index(int(np.argmax(mask)), mask.shape)
@@ -76,17 +86,21 @@ class SourceReader:
         for rank, indexes in files.items():
             self._readers[rank].check_unchanged(indexes)
 
-    def raw(self, rank: int, name: str, box: Box | None = None) -> Raw:
-        """Raw values of a stored tensor or a box of it, in stored axis order."""
+    def raw(self, rank: int, name: str, box: Box | None = None, room: Room | None = None) -> Raw:
+        """Raw values of a stored tensor or a box of it, in stored axis order; in memory of their own, or where `room` says."""
         self._check()
         tensor = self.source.stored(rank, name)
         box = whole(tensor.shape) if box is None else box
-        return self._readers[rank].read(tensor, box).view(raw_dtype(tensor.dtype)).reshape(box_shape(box))
+        out = None if room is None else room(math.prod(box_shape(box)) * DTYPE_BYTES[tensor.dtype])
+        return self._readers[rank].read(tensor, box, out=out).view(raw_dtype(tensor.dtype)).reshape(box_shape(box))
 
-    def blocks(self, parameter: str, wanted: Box, findings: Findings, multiple: int = 1) -> Iterator[Block]:
+    def blocks(
+        self, parameter: str, wanted: Box, findings: Findings, multiple: int = 1, room: Room | None = None
+    ) -> Iterator[Block]:
         """Blocks that cover `wanted` of `parameter`, in multiples of `multiple` along its slowest stored axis.
 
-        Copies of it on other ranks are compared with the first one, padding with zero.
+        Copies of it on other ranks are compared with the first one, padding with zero. `room` gives the memory to read into, uint8
+        of so many bytes: a block is good until it gives the same memory again.
         """
         seen: dict[Box, tuple[Container, Part]] = {}
         for container, part in self.source.bound.holders[parameter]:
@@ -96,7 +110,7 @@ class SourceReader:
             box = intersect(part.box, wanted)
             if box is None:
                 continue
-            for block in self._walk(container, (part,), box, findings, multiple):
+            for block in self._walk(container, (part,), box, findings, multiple, room):
                 if first[0] is container:
                     yield block
                 else:
@@ -108,7 +122,8 @@ class SourceReader:
         yield from self._walk(container, parts, wanted[parts[0].parameter], findings)
 
     def _walk(
-        self, container: Container, parts: tuple[Part, ...], wanted: Box, findings: Findings, multiple: int = 1
+        self, container: Container, parts: tuple[Part, ...], wanted: Box, findings: Findings, multiple: int = 1,
+        room: Room | None = None,
     ) -> Iterator[Block]:
         """Blocks of `parts` (which alternate inside `container`, or are one) along the container's slowest axis."""
         head = parts[0]
@@ -120,7 +135,7 @@ class SourceReader:
         step = max(1, BLOCK_BYTES // max(1, each) // multiple) * multiple
         for begin in range(start, stop, step):
             cut = (*local[:axis], (begin, min(begin + step, stop)), *local[axis + 1 :])
-            stored = self.raw(container.rank, container.name, container.cover(head, cut))
+            stored = self.raw(container.rank, container.name, container.cover(head, cut), room)
             findings.sha256.update(stored.data)
             for part in parts:
                 box = tuple((a + o, b + o) for (a, b), o in zip(cut, part.origin, strict=True))

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mxconv.artifact import ArtifactWriter, Manifest, Output, Region, append_run_log, check_artifact, open_output, publish
 from mxconv.artifact.system import writing
@@ -31,6 +31,9 @@ from mxconv.plan.values import Op, Plan, Unit
 from mxconv.progress import SILENT, Progress
 from mxconv.source import Source
 
+if TYPE_CHECKING:
+    from mxconv.execute.places import Places  # torch
+
 HEADROOM = 1.02
 """Share of the planned bytes that must be free on the output's disk: index, tokenizer, journal and manifest come on top."""
 
@@ -44,6 +47,8 @@ class RunOptions:
     resume: bool = False
     overwrite: bool = False
     log: Mapping[str, Any] | None = None
+    device: str = "cpu"
+    """Where quantized weights are encoded: cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +121,7 @@ def run_plan(
     if not os.path.lexists(root):
         require_disk(plan, Path(os.path.realpath(root)))  # before its folder is made
     with (
+        _places(plan, options.device) as places,
         catching_signals(stop),
         open_output(root, plan_digest=plan.digest, resume=options.resume, overwrite=options.overwrite, progress=progress) as output,
     ):
@@ -127,7 +133,9 @@ def run_plan(
         with ArtifactWriter(output, files=plan.files, units=regions, source=source.fingerprint(), progress=watched) as writer:
             before = len(writer.done)
             measured = statistics.get(output.work, plan, stop, progress) if statistics is not None else None
-            _run_units(plan, source, writer, regions, workers, stop, measured, progress)
+            reader = SourceReader(source, stop.check)
+            workers = workers if places is None else places.workers(plan, workers)
+            _run_units(Job(plan=plan, reader=reader, statistics=measured, places=places), writer, regions, workers, stop, progress)
             manifest, notes = _publish(plan, source, writer, measured, stop)
             progress.finish()  # only now: files are hashed and named in the background until the last one stands
         _log(output, options, workers, began, plan)
@@ -139,19 +147,17 @@ def _regions(plan: Plan, unit: Unit) -> list[Region]:
 
 
 def _run_units(
-    plan: Plan, source: Source, writer: ArtifactWriter, regions: Mapping[str, Sequence[Region]], workers: int, stop: Stop,
-    statistics: Statistics | None, progress: Progress,
-) -> None:  # fmt: skip
+    job: Job, writer: ArtifactWriter, regions: Mapping[str, Sequence[Region]], workers: int, stop: Stop, progress: Progress
+) -> None:
     """Checks first, then the rest in the order in which the source lies on the disk."""
+    plan, reader = job.plan, job.reader
     todo = [unit for unit in plan.units if unit.id not in writer.done]
-    reader = SourceReader(source, stop.check)
-    job = Job(plan=plan, reader=reader, statistics=statistics)
     progress.start("quantize" if plan.request.scheme else "convert", plan.read_bytes)
     progress.advance(plan.read_bytes - sum(unit.read_bytes for unit in todo))
     try:
         for batch in (
             [u for u in todo if not u.outputs],
-            sorted((u for u in todo if u.outputs), key=lambda u: _position(source, u)),
+            sorted((u for u in todo if u.outputs), key=lambda u: _position(reader.source, u)),
         ):
             with _torch_threads(plan), ThreadPoolExecutor(workers, thread_name_prefix="mxconv-unit") as pool:
 
@@ -176,6 +182,18 @@ def _wait(futures: Sequence[Future[None]], stop: Stop) -> None:
             future.cancel()
         wait([future for future in futures if not future.cancelled()])
         raise next((error for error in failures if not isinstance(error, Interrupted)), failures[0])
+
+
+@contextmanager
+def _places(plan: Plan, device: str) -> Iterator[Places | None]:
+    """Where quantized weights are encoded; a plan that only copies does not load torch."""
+    if plan.request.scheme is None:
+        yield None
+        return
+    from mxconv.execute.places import Places
+
+    with Places(device) as places:
+        yield places
 
 
 @contextmanager

@@ -52,14 +52,14 @@ class Shape:
 
 # The fastest on an H200 (benchmarks/quantize_gpu.py --sweep), by columns of a program.
 INT4 = {
-    128: Shape(rows=32, lanes=4, steps=4),
-    256: Shape(rows=32, lanes=8, steps=4),
+    128: Shape(rows=16, lanes=4, steps=4),
+    256: Shape(rows=16, lanes=8, steps=4),
     512: Shape(rows=16, lanes=16, steps=4),
     1024: Shape(rows=8, lanes=16, steps=8),
 }
 INT4_ROTATED = dict(INT4)
 BLOCK = Shape(rows=FP8_BLOCK // 4, lanes=4, steps=4)
-TENSOR = Shape(rows=32, lanes=4, steps=4)
+TENSOR = Shape(rows=32, lanes=4, steps=2)
 # Here `rows` are single rows, not fours.
 ABSMAX = {
     128: Shape(rows=32, lanes=4, steps=4),
@@ -89,6 +89,7 @@ class GpuEncoder:
         self.passes = 2 if scheme.granularity == "tensor" else 1
         self._divisor = rotation_divisor(scheme, projection)
         self._inverse = float(divide(torch.ones(1), self._divisor))
+        self._remainder = 1 / self._divisor - self._inverse
         self._log2 = max(scheme.rotation[projection], 1).bit_length() - 1
         self._flags = torch.zeros(2, dtype=torch.int32, device=device)
         self._absmax = torch.zeros(1, dtype=torch.int32, device=device)
@@ -152,7 +153,7 @@ class GpuEncoder:
         self._launch(
             int4_kernel, -(-n // (4 * shape.rows)) * -(-width // span), shape,
             _readable(rows), _words(codes, n), scale, absmax.view(torch.float32), self._flags, n, width, self._group, groups,
-            codes.stride(0), self._divisor, self._inverse,
+            codes.stride(0), self._divisor, self._inverse, self._remainder,
             LOG2=self._log2, CHUNK=CHUNK if given else self._group, R=shape.rows, L=shape.lanes, STEPS=shape.steps,
             WORDS=_fits_words(codes, n), GIVEN=given, MASKED=width % span != 0, EXACT=interpreted(),
         )  # fmt: skip
@@ -171,7 +172,8 @@ class GpuEncoder:
         absmax = self._absmax.view(torch.float32)
         self._launch(
             fp8_tensor_kernel, -(-n // (4 * TENSOR.rows)) * -(-width // TENSOR.columns), TENSOR,
-            _readable(rows), _words(codes, n), absmax, self._flags, n, width, codes.stride(0), self._divisor, self._inverse,
+            _readable(rows), _words(codes, n), absmax, self._flags, n, width, codes.stride(0),
+            self._divisor, self._inverse, self._remainder,
             LOG2=self._log2, R=TENSOR.rows, L=TENSOR.lanes, STEPS=TENSOR.steps, WORDS=_fits_words(codes, n),
             MASKED=width % TENSOR.columns != 0, EXACT=interpreted(), ASSEMBLY=not interpreted(),
         )  # fmt: skip

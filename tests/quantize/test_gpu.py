@@ -14,7 +14,8 @@ from mxconv.errors import NumericError, UsageError
 from mxconv.quantize import packing, reference
 from mxconv.quantize.gpu import GpuEncoder
 from mxconv.quantize.kernels.gpu_fp8 import e4m3_word
-from mxconv.quantize.kernels.gpu_tiles import quotient
+from mxconv.quantize.kernels.gpu_tiles import divided, quotient
+from mxconv.quantize.rotation import root
 from mxconv.quantize.schemes import SCHEMES, Scheme, get_scheme
 from tests.interpreted import INTERPRETING, interpreted, under_interpreter
 from tests.quantize.schemes import VARIANTS
@@ -294,6 +295,26 @@ def test_quotients_next_to_a_tie_round_as_divisions_do() -> None:
     found = torch.cat((torch.zeros(1, dtype=torch.int32), torch.stack((x, d), dim=1).view(-1))).cuda()
     _differences[(len(pairs) // size,)](found, 0, 0, 0, MANTISSAS=True, ROUNDS=1, SIZE=size, enable_fp_fusion=False)
     assert len(pairs) > 100000 and int(found[0]) == 0
+
+
+@triton.jit
+def _divisions(found, divisor, inverse, remainder, exponent, SIZE: tl.constexpr):
+    """How many significands `divided` divides otherwise than the hardware."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = (at | (exponent << 23)).to(tl.float32, bitcast=True)
+    got = divided(x, divisor, inverse, remainder, False).to(tl.int32, bitcast=True)
+    tl.atomic_add(found, tl.sum((got != tl.div_rn(x, divisor).to(tl.int32, bitcast=True)).to(tl.int32), 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [32, 128, 256, 512, 1024])
+def test_division_by_the_root_rounds_right_for_every_significand(block: int) -> None:
+    divisor = 32.0 if block == 32 else root(block)
+    inverse = float(torch.ones(1) / torch.tensor([divisor]))
+    found = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for exponent in (37, 38, 100, 126, 127, 128, 254):
+        _divisions[(2**23 // 1024,)](found, divisor, inverse, 1 / divisor - inverse, exponent, SIZE=1024, enable_fp_fusion=False)
+    assert int(found) == 0
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from mxconv.quantize.kernels.gpu_tiles import (
+    divided,
     hadamard,
     interleaved,
     largest_of,
@@ -116,7 +117,7 @@ def fp8_block_kernel(
 
 @triton.jit
 def _rotated(
-    weights, n, rows, column, width, divisor, inverse,
+    weights, n, rows, column, width, divisor, inverse, remainder,
     LOG2: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """8·L rotated, divided columns of rows n: 8 tiles [R, L]."""
@@ -124,7 +125,7 @@ def _rotated(
     out = ()
     for v in tl.static_range(8):
         if LOG2 > 0:
-            out = out + (quotient(values[v], divisor, inverse, EXACT),)
+            out = out + (divided(values[v], divisor, inverse, remainder, EXACT),)
         else:
             out = out + (values[v],)
     return out
@@ -132,13 +133,14 @@ def _rotated(
 
 @triton.jit
 def fp8_tensor_kernel(
-    weights, codes, absmax, flags, rows, width, stride, divisor, inverse_divisor,
+    weights, codes, absmax, flags, rows, width, stride, divisor, inverse, remainder,
     LOG2: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Codes of 4·R rows × 8·L·STEPS columns a program, rotated by blocks of 2^LOG2 ≤ 8·L; the grid as in `int4_kernel`.
 
-    weights, codes, flags: as in `fp8_block_kernel`. absmax: float32 [1], of the rotated weights, not yet divided by `divisor`.
+    weights, codes, flags: as in `fp8_block_kernel`. absmax: float32 [1], of the rotated weights, not yet divided. divisor, inverse,
+    remainder: for `divided`.
     """
     across = tl.cdiv(width, 8 * L * STEPS)
     tile = tl.program_id(0)
@@ -149,16 +151,16 @@ def fp8_tensor_kernel(
         scale = tl.div_rn(scale, divisor)
     scale = tl.div_rn(scale, tl.full([], 448.0, tl.float32))
     scale = tl.where(scale == 0, 1.0, scale)
-    inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
+    inverse_scale = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
     report(flags, tl.full([1], 0.0, tl.float32) + scale, LOW, HIGH)
     n = first_row + 4 * tl.arange(0, R)
     for t in tl.static_range(STEPS):
         column = first_column + t * 8 * L
         words = _words(
-            _rotated(weights, n, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
-            _rotated(weights, n + 1, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
-            _rotated(weights, n + 2, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
-            _rotated(weights, n + 3, rows, column, width, divisor, inverse_divisor, LOG2, L, MASKED, EXACT),
-            scale, inverse, EXACT, ASSEMBLY,
+            _rotated(weights, n, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 1, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 2, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 3, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
+            scale, inverse_scale, EXACT, ASSEMBLY,
         )  # fmt: skip
         _store(codes, words, column, width, first_row, rows, stride, L, WORDS, MASKED)

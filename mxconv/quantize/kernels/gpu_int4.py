@@ -15,6 +15,7 @@ import triton.language as tl
 
 from mxconv.quantize.kernels.gpu_tiles import (
     absmax_of,
+    divided,
     hadamard,
     interleaved,
     load_run,
@@ -35,17 +36,18 @@ HIGH = tl.constexpr(1.2676506002282294e30)
 
 @triton.jit
 def _codes(
-    values, scale, inverse, root, inverse_root, LOG2: tl.constexpr, EXACT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
-):
+    values, scale, inverse_scale, root, inverse, remainder,
+    LOG2: tl.constexpr, EXACT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
     """Tiles FIRST … LAST−1 as bytes (even + 16·odd) in int32 that still hold what M left: (LAST − FIRST)/2 tiles [R, L]."""
     out = ()
     for i in tl.static_range(FIRST, LAST, 2):
         even, odd = values[i], values[i + 1]
         if LOG2 > 0:
-            even = quotient(even, root, inverse_root, EXACT)
-            odd = quotient(odd, root, inverse_root, EXACT)
-        even = quotient(even, scale, inverse, EXACT) * 7.0 + (MAGIC + OFFSET)
-        odd = quotient(odd, scale, inverse, EXACT) * 7.0 + MAGIC
+            even = divided(even, root, inverse, remainder, EXACT)
+            odd = divided(odd, root, inverse, remainder, EXACT)
+        even = quotient(even, scale, inverse_scale, EXACT) * 7.0 + (MAGIC + OFFSET)
+        odd = quotient(odd, scale, inverse_scale, EXACT) * 7.0 + MAGIC
         out = out + (even.to(tl.int32, bitcast=True) + odd.to(tl.int32, bitcast=True) * 16,)
     return out
 
@@ -70,7 +72,7 @@ def _store_scale(scales, flags, scale, n, rows, k, width, group, groups, root, L
 
 @triton.jit
 def int4_kernel(
-    weights, codes, scales, absmax, flags, rows, width, group, groups, stride, root, inverse_root,
+    weights, codes, scales, absmax, flags, rows, width, group, groups, stride, root, inverse, remainder,
     LOG2: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, GIVEN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +81,8 @@ def int4_kernel(
     weights: as of `load_run`. codes: int8 [width/2, rows] with lines
     `stride` bytes apart, seen as int32 with WORDS. scales: float32 [rows, groups], what is stored. absmax: with GIVEN, float32
     [rows, groups], of the rotated weights before they are divided by `root`; else unused. flags: see `report`.
-    root, inverse_root: fl(√b) and fl(1/fl(√b)), b = 2^LOG2. CHUNK: columns that share a scale for certain: the group, or with
-    GIVEN a divisor of it. MASKED: the columns do not divide into runs.
+    root, inverse, remainder: of fl(√b), b = 2^LOG2, for `divided`. CHUNK: columns that share a scale for certain: the group, or
+    with GIVEN a divisor of it. MASKED: the columns do not divide into runs.
     """
     SPAN: tl.constexpr = 8 * L * STEPS
     COUNT: tl.constexpr = 8 * STEPS
@@ -110,10 +112,10 @@ def int4_kernel(
             if LOG2 > 0:
                 scale = tl.div_rn(scale, tl.zeros([R], tl.float32) + root)
             scale = tl.where(scale == 0, 1.0, scale)
-            inverse = tl.div_rn(tl.full([R], 1.0, tl.float32), scale)
+            inverse_scale = tl.div_rn(tl.full([R], 1.0, tl.float32), scale)
             _store_scale(scales, flags, scale, n, rows, k, width, group, groups, root, LOG2)
             bytes_ = bytes_ + _codes(
-                values, scale[:, None], inverse[:, None], root, inverse_root, LOG2, EXACT, g * EACH, (g + 1) * EACH
+                values, scale[:, None], inverse_scale[:, None], root, inverse, remainder, LOG2, EXACT, g * EACH, (g + 1) * EACH
             )
         words = _gathered(words, bytes_, 8 * q, COUNT // 2)
     for t in tl.static_range(STEPS):

@@ -43,6 +43,20 @@ def quotient(x, divisor, inverse, EXACT: tl.constexpr):
 
 
 @triton.jit
+def divided(x, divisor, inverse, remainder, EXACT: tl.constexpr):
+    """x / divisor for a rotation's divisor, correctly rounded; `inverse` is fl(1/divisor), `remainder` fl(1/divisor − inverse).
+
+    EXACT as in `quotient`. Otherwise x·remainder + x·inverse in two roundings: for powers of two (remainder 0) trivially, for
+    fl(√128) and fl(√512), which share a significand, exact for each of the 2^23 significands of x (Brisebarre, Muller and Raina
+    2004; all are tried in the tests), as long as |x| ≥ 2^-90.
+    """
+    if EXACT:
+        return tl.div_rn(x, divisor)
+    else:
+        return tl.fma(x, inverse, x * remainder)
+
+
+@triton.jit
 def load_run(weights, n, rows, column, width, L: tl.constexpr, MASKED: tl.constexpr):
     """8·L columns from `column` on of rows n [R], as they are stored: a tuple of one or two tiles, for `widened`.
 
