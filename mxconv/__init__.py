@@ -10,10 +10,11 @@ Importing this package imports nothing else; each name is looked up when it is u
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from mxconv.version import VERSION as __version__
+
+TYPE_CHECKING = False  # typing's own would cost its import, in which a Ctrl-C is a traceback
+if TYPE_CHECKING:
+    from typing import Any
 
 # public name → (module, its name there)
 _PUBLIC = {
@@ -38,6 +39,8 @@ def __getattr__(name: str) -> Any:
     """The public object `name`, imported now."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mxconv' has no attribute {name!r}")
+    import importlib
+
     module, there = _PUBLIC[name]
     return getattr(importlib.import_module(module), there)
 

@@ -1,8 +1,53 @@
-"""`python -m mxconv`: the command line, also under `torchrun`."""
+"""`mxconv` and `python -m mxconv`: the process around the command line, also under `torchrun`.
+
+Ctrl-C ends it with 130 and a line, never a traceback, from the first import on. While a command works, its session turns
+SIGINT into KeyboardInterrupt or handles it; before and after there is nothing to clean up.
+"""
 
 from __future__ import annotations
 
-from mxconv.cli import main
+# `signal` itself spends milliseconds on enums, and a Ctrl-C in them is a traceback
+import _signal as signal  # type: ignore[import-not-found]
+import os
+import sys
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
+def main() -> None:
+    """Run the command line and end the process with its code."""
+    heard = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # a job in the background may be told to ignore it
+    if heard:
+        signal.signal(signal.SIGINT, _stop_at_once)
+    code: object = 0
+    try:
+        from mxconv.cli import main as command_line
+
+        command_line()
+    except SystemExit as done:
+        code = done.code
+    except KeyboardInterrupt:  # a second one, while the first was being told
+        code = 130
+    if heard:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; the interpreter's own end is no time for a traceback
+    _end(code)
+
+
+def _end(code: object) -> None:
+    from mxconv.apart import left_behind
+
+    if left_behind():
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                continue  # nobody reads it any more
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)  # type: ignore[arg-type]
+
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mxconv"
 
 # A room may import rooms of its own level and below. A new file at the top must be put somewhere on purpose.
 LEVELS = {
-    "errors": 0, "version": 0,
+    "errors": 0, "version": 0, "apart": 0,
     "tensors": 1, "progress": 1, "jsonfiles": 1, "config": 1, "checkpoint": 1, "parsing": 1, "draw": 1, "documents": 1, "data": 1,
     "placement": 2, "mapping": 2, "dispatch": 2, "membership": 2,
     "quantize": 3, "runtime": 3, "artifact": 3, "text": 3, "chat": 3, "meter": 3,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxconv.apart import run_apart
 from mxconv.calibrate.statistics import Key, Statistics
 from mxconv.calibrate.tokens import tokens_digest
 from mxconv.config import ModelConfig
@@ -39,9 +40,20 @@ def calibrate(
 ) -> Statistics:  # fmt: skip
     """Statistics of the checkpoint at `path` on windows `ids` (int32 [N, T]).
 
-    `check` is called between layers and may raise to end the pass. Raises NumericError when an activation is not finite, and
-    what `runtime.load` raises.
+    `check` is called every moment, however long a layer takes, and may raise to end the pass; so does a KeyboardInterrupt.
+    Raises NumericError when an activation is not finite, and what `runtime.load` raises.
     """
+
+    def work(wanted: Callable[[], None]) -> Statistics:
+        return _measure(path, ids, source_digest, device, keep_decay, progress, wanted)
+
+    return run_apart(work, check)
+
+
+def _measure(
+    path: Path, ids: np.ndarray, source_digest: str, device: str, keep_decay: bool, progress: Progress, wanted: Callable[[], None]
+) -> Statistics:
+    """The pass itself; it asks `wanted` before each expert, which raises once nobody waits for the result."""
     model = load(path, tp=1, device=device, dtype=torch.float32, stream=True, keep_decay=keep_decay)
     config = model.config
     measured = rotations(config)
@@ -55,6 +67,7 @@ def calibrate(
         for index in range(config.num_layers):
 
             def observe(expert: int, projection: str, inputs: Tensor, at: int = index) -> None:
+                wanted()
                 if projection == "up_gate_proj":
                     tokens[at, expert] += inputs.shape[0]
                 for rotation in measured:
@@ -62,9 +75,9 @@ def calibrate(
                         key = (at, expert, projection, rotation)
                         values[key] = max(values.get(key, 0.0), _absmax(inputs, rotation, key))
 
-            check()
             with model.layer(index) as layer:
                 x = layer(x, batch, observer=observe)
+            wanted()
             progress.advance(0, f"layer {index + 1} of {config.num_layers}")
     progress.finish()
     return Statistics(

@@ -9,12 +9,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any, TypeVar
 
 import click
 
 from mxconv.console import Console
-from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, OutputConflict, ResourceError, UsageError
+from mxconv.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, MxconvError, OutputConflict, ResourceError, UsageError
 from mxconv.settings import Settings, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,60 +72,72 @@ def session(
     """
     given = {name: (value or None) if name == "verbose" else value for name, value in flags.items()}
     console = Console(json=bool(flags.get("json")) and not follower, stream=stream)
+    signals: list[int] = []
     try:
         settings = resolve(given, command=command)
         console = Console(
-            json=settings.json and not follower, stream=stream, quiet=settings.quiet, verbose=settings.verbose, progress=settings.progress
+            json=settings.json and not follower, stream=stream, quiet=settings.quiet, verbose=settings.verbose,
+            progress=settings.progress,
         )  # fmt: skip
-        with console, _terminable(), _logged(console):
+        with console, _terminable(signals), _logged(console):
             for note in settings.notes:
                 console.note(note)
             for line in settings.describe():
                 console.detail(line)
             yield settings, console
-    except MxconvError as error:
-        console.error(error)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        console.error(Interrupted("stopped by interrupt"))
-        raise SystemExit(130) from None
-    except (click.ClickException, click.exceptions.Exit):
+    except (SystemExit, GeneratorExit, click.ClickException, click.exceptions.Exit):
         raise
-    except MemoryError:
-        shortage = ResourceError("out of memory", hint="lower --memory or --workers, or give the machine more")
-        console.error(shortage)
-        raise SystemExit(shortage.exit_code) from None
-    except OSError as failure:  # what no room had words for: the machine's failure, no bug
-        trouble = ResourceError(
-            f"input or output failed: {failure.strerror or failure}", where=failure.filename,
+    except BaseException as error:
+        failure = _failure(error, signals)
+        console.error(failure)
+        raise SystemExit(failure.exit_code) from None
+
+
+def _failure(error: BaseException, signals: list[int]) -> MxconvError:
+    """What a user is told of `error`. After a signal that is the signal: out of the middle of an import it comes as anything."""
+    if isinstance(error, Interrupted):
+        return error
+    if signals or isinstance(error, KeyboardInterrupt):
+        words, code = ("SIGTERM", EXIT_SIGTERM) if SIGTERM in signals else ("interrupt", EXIT_SIGINT)
+        return Interrupted(f"stopped by {words}", exit_code=code)
+    if isinstance(error, MxconvError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("out of memory", hint="lower --memory or --workers, or give the machine more")
+    if isinstance(error, OSError):  # what no room had words for: the machine's failure, no bug
+        return ResourceError(
+            f"input or output failed: {error.strerror or error}", where=error.filename,
             hint="check the disk and its permissions, then run the same command again; a conversion goes on with --resume",
         )  # fmt: skip
-        console.error(trouble)
-        raise SystemExit(trouble.exit_code) from None
-    except Exception as unexpected:
-        traceback.print_exc()
-        console.error(
-            MxconvError(f"a bug in mxconv: {type(unexpected).__name__}: {unexpected}", hint="please report it with the lines above")
-        )
-        raise SystemExit(EXIT_BUG) from None
+    traceback.print_exception(error)
+    return MxconvError(f"a bug in mxconv: {type(error).__name__}: {error}", hint="please report it with the lines above")
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command through its clean-up, with exit code 143 (a run with a journal installs its own handling)."""
+def _terminable(signals: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGINT end a command through its clean-up, noted in `signals` (a run with a journal handles them itself)."""
 
-    def handle(number: int, frame: object) -> None:
+    def terminate(number: int, frame: object) -> None:
+        signals.append(number)
         raise Interrupted("stopped by SIGTERM", exit_code=EXIT_SIGTERM)
 
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    handlers: dict[int, Any] = {SIGTERM: terminate, SIGINT: interrupt}
+    if signal.getsignal(SIGINT) == signal.SIG_IGN:  # a job in the background may be told to ignore it
+        del handlers[SIGINT]
     try:
-        before = signal.signal(signal.SIGTERM, handle)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

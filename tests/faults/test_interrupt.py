@@ -6,12 +6,15 @@ import hashlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mxconv.artifact import parts, tree_digest
@@ -19,7 +22,8 @@ from mxconv.errors import Interrupted
 from mxconv.execute import RunOptions, convert, run
 from mxconv.progress import Progress
 from tests.faults.conftest import Clean
-from tests.faults.processes import JOBS, Zygote, assert_nothing_wrong, command
+from tests.faults.inprocess import run as in_process
+from tests.faults.processes import ENVIRONMENT, JOBS, Zygote, assert_nothing_wrong, command
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -138,3 +142,73 @@ def test_the_last_hashing_of_files_can_be_interrupted(model: Path, tmp_path: Pat
     convert(model, tmp_path / "out", options=RunOptions(resume=True))
     convert(model, tmp_path / "clean")
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "clean")
+
+
+STUCK = """
+import sys, time
+from mxconv.calibrate import observe
+def stuck(*given):  # one product of a large model, on a slow machine
+    time.sleep(60)
+observe._absmax = stuck
+from mxconv.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_calibration_is_interrupted_however_long_an_operation_takes(number: int, model: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(96).reshape(2, 48))
+    words = ["quantize", model, tmp_path / "out", "--scheme", "w4a8", "--calibration", tmp_path / "ids.npy"]
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, *map(str, words), "--json"], text=True, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        while "calibrate" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(0.3)
+        began = time.monotonic()
+        process.send_signal(number)
+        code = process.wait(30)
+        assert time.monotonic() - began < 5 and code == CODES[number]
+        said = process.stderr.read()
+    assert "--resume" in said and "Traceback" not in said
+    if number == signal.SIGTERM:
+        assert in_process(*words, "--resume").code == 0
+        assert in_process(*words[:2], tmp_path / "clean", *words[3:]).code == 0
+        assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "clean")
+
+
+HEAVY_IMPORT = """
+import os, signal, sys, types
+from mxconv import cli
+def interrupted_import(*given, **options):  # a signal in the midst of numpy's import comes out as an ImportError
+    try:
+        os.kill(os.getpid(), signal.{name})
+        for _ in range(1000): pass
+    except BaseException:
+        raise ImportError("cannot load module more than once per process")
+sys.modules["mxconv.inspection"] = types.SimpleNamespace(inspect_artifact=interrupted_import, inspect_checkpoint=None)
+from mxconv.__main__ import main
+sys.argv = ["mxconv", "inspect", "x"]
+main()
+"""
+AT_ONCE = """
+import os, signal, sys
+import click
+class Slow(click.Group):
+    def __init_subclass__(cls): os.kill(os.getpid(), signal.SIGINT)
+click.Group = Slow
+from mxconv.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [(HEAVY_IMPORT.format(name="SIGINT"), 130), (HEAVY_IMPORT.format(name="SIGTERM"), 143), (AT_ONCE, 130)]
+)
+def test_a_signal_in_the_midst_of_an_import_is_no_bug(script: str, code: int) -> None:
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=60)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and "bug" not in result.stderr and result.stderr.startswith("error: ")
