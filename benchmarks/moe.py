@@ -32,16 +32,15 @@ from mxconv.runtime.kernels.moe_table import block_tokens, launch_of
 
 Row = dict[str, object]
 MEASURES = (
-    "gemm_ms", "floor_ms", "of_floor", "layer_ms", "up_ms", "down_ms", "route_ms", "sort_ms", "quantize_ms", "hidden_ms",
-    "combine_ms",
+    "gemm_ms", "floor_ms", "of_floor", "layer_ms", "up_ms", "down_ms", "route_ms", "front_ms", "hidden_ms", "combine_ms",
 )  # fmt: skip
 
 
 def ceilings() -> dict[str, float]:
     """Measured now: bytes a second of a device copy (read + written), operations a second of square products of 8192."""
-    size, source = 8192, torch.empty(1 << 31, dtype=torch.int8, device="cuda").random_()
+    size, source = 8192, torch.randn(1 << 30, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    found = {"copy": 2 * source.numel() / graph_ms([lambda: target.copy_(source)]) * 1e3}
+    found = {"copy": 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") * 1e3}
     a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     half = a.to(torch.float8_e4m3fn)
     whole = torch.randint(-127, 128, (size, size), device="cuda", dtype=torch.int8)
@@ -52,7 +51,7 @@ def ceilings() -> dict[str, float]:
         "int8": lambda: torch._int_mm(whole, whole.t()),
     }
     for name, product in products.items():
-        found[name] = 2 * size**3 / graph_ms([product]) * 1e3
+        found[name] = 2 * size**3 / triton.testing.do_bench(product, return_mode="median") * 1e3
     return found
 
 
@@ -77,7 +76,7 @@ def quantized_rows(scheme: Scheme, tokens_list: list[int], limits: dict[str, flo
     for tokens in tokens_list:
         routings, assignments = random_routings(tokens), tokens * PER_TOKEN
         block = block_tokens(layer.up_gate.kind, assignments, EXPERTS)
-        names = ("up", "down", "sort", "quantize", "hidden", "combine")
+        names = ("up", "down", "front", "hidden", "combine")
         parts: dict[str, list[Callable[[], object]]] = {name: [] for name in names}
         codes = {name: random_codes(scheme, assignments, k) for name, (_, k) in SHAPES.items()}
         inputs = [torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in routings]
@@ -89,11 +88,10 @@ def quantized_rows(scheme: Scheme, tokens_list: list[int], limits: dict[str, flo
                 dtype = torch.float32 if name == "up" or launch.splits > 1 else torch.bfloat16
                 shape = (assignments, matrix.n // 2) if launch.gated else (launch.splits, assignments, matrix.n)
                 outs[name] = out = torch.empty(shape, device="cuda", dtype=dtype)
-                per_token = PER_TOKEN if name == "up" and not scheme.static else 0
+                per_token = 0 if name == "down" else 1 if scheme.static else PER_TOKEN
                 parts[name].append(partial(matrix.multiply, *codes[name], ordered.order, per_token, ordered.tiles, launch, out))
             shares = torch.rand(tokens, PER_TOKEN, device="cuda")
-            parts["sort"].append(partial(sort_assignments, chosen, EXPERTS, block))
-            parts["quantize"].append(partial(layer.quantize_input, x, chosen, ordered))
+            parts["front"].append(partial(layer.front, x, chosen, block))
             parts["hidden"].append(partial(layer.quantize_hidden, outs["up"], chosen, ordered))
             parts["combine"].append(partial(combine, outs["down"], ordered.position, shares, torch.bfloat16))
         both = [call for pair in zip(parts["up"], parts["down"], strict=True) for call in pair]

@@ -47,7 +47,7 @@ def call_of(
     matrix: Matrix, projection: str, ordered: Sorted, codes: torch.Tensor, scales: torch.Tensor, launch: Launch
 ) -> Callable[[], None]:
     """One GEMM as a layer runs it, with its output allocated."""
-    per_token = PER_TOKEN if projection == "up" and not matrix.scheme.static else 0
+    per_token = 0 if projection == "down" else 1 if matrix.scheme.static else PER_TOKEN
     dtype = torch.float32 if projection == "up" or launch.splits > 1 else torch.bfloat16
     rows = len(ordered.order)
     out = torch.empty(rows * matrix.n * launch.splits, device="cuda", dtype=dtype).view(launch.splits, rows, matrix.n)

@@ -1,6 +1,6 @@
 """One rank's experts of one layer on a GPU: weights repacked once at load, and the chain of kernels that applies them.
 
-    sort the assignments → quantize x → grouped GEMM (up_gate), SwiGLU → rotate, quantize → grouped GEMM (down) → weighted sum
+    sort the assignments, quantize x → grouped GEMM (up_gate), SwiGLU → rotate, quantize → grouped GEMM (down) → weighted sum
 
 Every size is known from the shapes, nothing comes back to the host: a call can be captured in a CUDA graph. Its plain twin is
 `runtime.linear` and `runtime.moe` with quantized activations; here products are summed in float32 (int32 for int8) per 128 inputs
@@ -19,9 +19,11 @@ from torch import Tensor
 from mxconv.errors import UsageError
 from mxconv.quantize.schemes import FP8_BLOCK, INT4_MAX, ActivationRule, Scheme
 from mxconv.runtime.coded import Coded
-from mxconv.runtime.kernels.moe_activation import combine, hidden_kernel, quantize_kernel
+from mxconv.runtime.kernels.moe_activation import combine, hidden_kernel
 from mxconv.runtime.kernels.moe_dense import DenseExperts
+from mxconv.runtime.kernels.moe_front import front_kernel
 from mxconv.runtime.kernels.moe_gemm import grouped_gemm_kernel
+from mxconv.runtime.kernels.moe_overlap import overlap_options
 from mxconv.runtime.kernels.moe_pack import (
     ROWS,
     STEP,
@@ -34,7 +36,7 @@ from mxconv.runtime.kernels.moe_pack import (
     unpack_scale,
 )  # fmt: skip
 from mxconv.runtime.kernels.moe_route import route
-from mxconv.runtime.kernels.moe_sort import Sorted, sort_assignments
+from mxconv.runtime.kernels.moe_sort import Sorted, empty_sorted, sort_arguments
 from mxconv.runtime.kernels.moe_table import Launch, block_tokens, launch_of
 
 __all__ = ["DenseExperts", "Matrix", "MoeExperts", "route"]
@@ -92,14 +94,14 @@ class Matrix:
             WEIGHT=self.kind, SCALES=scales, GROUP_STEPS=(scheme.group_size or STEP) // STEP, PER_TOKEN=per_token,
             ROW_SCALE=scheme.granularity == "channel", TOKEN_SCALE=rule.scale == "token", EXPERT_SCALE=scheme.static,
             FACTOR=FACTORS[self.kind], GATED=launch.gated, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, STAGES=launch.stages,
-            SWAP=launch.swap, NATIVE=not triton.knobs.runtime.interpret, num_warps=launch.warps,
+            SWAP=launch.swap, NATIVE=not triton.knobs.runtime.interpret, num_warps=launch.warps, **overlap_options(x.device),
         )  # fmt: skip
 
 
 def _rule_constants(rule: ActivationRule, rotation: int, rint: bool) -> dict[str, object]:
     return {
         "RULE": rule.scale, "DIVISOR": float(rule.divisor), "LIMIT": float(rule.code_max), "INT8": rule.code == "int8",
-        "RINT": rint, "STORED_DIVIDED": rule.stored_divided, "BLOCK": rotation, "STAGES": max(rotation.bit_length() - 1, 0),
+        "RINT": rint, "STORED_DIVIDED": rule.stored_divided, "STAGES": max(rotation.bit_length() - 1, 0),
         "NATIVE": not triton.knobs.runtime.interpret,
     }  # fmt: skip
 
@@ -162,9 +164,8 @@ class MoeExperts:
             return torch.zeros_like(x)
         chosen, weights, kind = chosen.contiguous(), weights.contiguous(), self.up_gate.kind
         assignments, per_token = chosen.numel(), chosen.shape[1]
-        ordered = sort_assignments(chosen, self.experts, block_tokens(kind, assignments, self.experts))
-        codes, scales = self.quantize_input(x.contiguous(), chosen, ordered)
-        hidden = self.multiply(self.up_gate, codes, scales, 0 if self.scheme.static else per_token, ordered, x.dtype)
+        ordered, codes, scales = self.front(x.contiguous(), chosen, block_tokens(kind, assignments, self.experts))
+        hidden = self.multiply(self.up_gate, codes, scales, 1 if self.scheme.static else per_token, ordered, x.dtype)
         codes, scales = self.quantize_hidden(hidden, chosen, ordered)
         partial = self.multiply(self.down, codes, scales, 0, ordered, x.dtype)
         return combine(partial, ordered.position, weights, x.dtype)
@@ -187,17 +188,19 @@ class MoeExperts:
         shape = (rows, width // FP8_BLOCK) if rule.scale == "token_group" else (rows,)
         return codes, torch.empty(shape if not self.scheme.static else (1,), device=device)
 
-    def quantize_input(self, x: Tensor, chosen: Tensor, ordered: Sorted) -> tuple[Tensor, Tensor]:
-        """Codes and scales of x [T, H]: a row a token, or a sorted assignment where each expert stores its own scale."""
-        rule, rotation, static = self.scheme.activation, self.scheme.rotation["up_gate_proj"], self.scheme.static
-        rows = chosen.numel() if static else len(x)
+    def front(self, x: Tensor, chosen: Tensor, block_t: int) -> tuple[Sorted, Tensor, Tensor]:
+        """The sorted assignments; codes and scales of x [T, H]: a row a token, or an assignment where experts store their own."""
+        rule, rotation, per_token = self.scheme.activation, self.scheme.rotation["up_gate_proj"], chosen.shape[1]
+        rows = chosen.numel() if self.scheme.static else len(x)
         codes, scales = self._outputs(rows, self.hidden, x.device)
+        ordered = empty_sorted(chosen.numel(), self.experts, block_t, x.device)
+        arguments, constants = sort_arguments(chosen, ordered, self.experts)
         size, pieces = _columns(rule, self.hidden, rotation)
-        quantize_kernel[(rows, pieces)](
-            x, ordered.order, chosen, codes, scales, self.up_gate.stored, self.hidden, SIZE=size, BY_ASSIGNMENT=static,
-            PER_TOKEN=chosen.shape[1], **_rule_constants(rule, rotation, False), num_warps=_warps(size),
+        front_kernel[(self.experts + 1 + rows * pieces,)](
+            *arguments, x, codes, scales, self.up_gate.stored, self.hidden, pieces, BLOCK_T=block_t, SIZE=size, PER_TOKEN=per_token,
+            **constants, **_rule_constants(rule, rotation, False), **overlap_options(x.device), num_warps=_warps(size),
         )  # fmt: skip
-        return codes, scales
+        return ordered, codes, scales
 
     def quantize_hidden(self, hidden: Tensor, chosen: Tensor, ordered: Sorted) -> tuple[Tensor, Tensor]:
         """The first GEMM's output, gated [A, I] or as partial sums [splits, A, 2I], rotated: the second one's codes and scales."""
@@ -207,6 +210,6 @@ class MoeExperts:
         size, pieces = _columns(rule, self.intermediate, rotation)
         hidden_kernel[(rows, pieces)](
             hidden, ordered.order, chosen, codes, scales, self.down.stored, self.intermediate, rows, SIZE=size, SPLITS=splits,
-            **_rule_constants(rule, rotation, rule.rint_down_input), num_warps=_warps(size),
+            **_rule_constants(rule, rotation, rule.rint_down_input), **overlap_options(codes.device), num_warps=_warps(size),
         )  # fmt: skip
         return codes, scales

@@ -1,6 +1,6 @@
 """What stands between the expert GEMMs: rotation and quantization of their inputs, SwiGLU, the weighted sum over a token's experts.
 
-    quantize_kernel  x [T, H] → codes, scales: once a token, or once a sorted assignment where each expert has a stored scale
+    quantize_one     x [T, H] → codes, scales: a row a token, or a row an assignment where each expert has a stored scale
     hidden_kernel    partial sums of the first GEMM [splits, A, 2I] → silu(gate)·up (or [A, I], gated already), rotated: codes and
                      scales of the second's input
     combine_kernel   partial sums of the second GEMM [splits, A, H] → y[t] = Σ_j weights[t, j] · out[position[t·k + j]], j ascending
@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxconv.runtime.kernels.moe_overlap import after_previous, overlap_options
+
 COMBINE_COLUMNS = 1024
 
 
 @triton.jit
-def _rotate(v, SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """H_BLOCK, block-diagonal, on a float32 vector [SIZE]; BLOCK = 2^STAGES."""
+def rotate(v, SIZE: tl.constexpr, STAGES: tl.constexpr):
+    """H_b, block-diagonal, on a float32 vector [SIZE]; b = 2^STAGES."""
     for stage in tl.static_range(STAGES):
         pairs = tl.permute(tl.reshape(v, [SIZE // (2 << stage), 2, 1 << stage]), (0, 2, 1))
         a, b = tl.split(pairs)
@@ -82,22 +84,20 @@ def _store_codes(
 
 
 @triton.jit
-def quantize_kernel(
-    x, order, chosen, codes, scales, stored, K, SIZE: tl.constexpr, BY_ASSIGNMENT: tl.constexpr, PER_TOKEN: tl.constexpr,
+def quantize_one(
+    row, chunk, x, chosen, codes, scales, stored, K, EXPERTS: tl.constexpr, SIZE: tl.constexpr, PER_TOKEN: tl.constexpr,
     RULE: tl.constexpr, DIVISOR: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr,
-    STORED_DIVIDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    STORED_DIVIDED: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """x [T, K] → codes [T, K], or of the sorted assignments' tokens [A, K] with BY_ASSIGNMENT; program (row, SIZE columns)."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """SIZE columns of a row of codes: of a token, or for a static rule of an assignment, with the scale of its expert."""
     source, expert = row, 0
-    if BY_ASSIGNMENT:
-        assignment = tl.load(order + row)
-        if assignment < 0:
-            return
-        source, expert = (assignment // PER_TOKEN).to(tl.int64), tl.load(chosen + assignment).to(tl.int32)
+    if RULE == "static":
+        source = row // PER_TOKEN
+        expert = tl.load(chosen + row).to(tl.int32)
+        expert = tl.where((expert < 0) | (expert >= EXPERTS), 0, expert)  # padding: codes that nobody reads
     k = chunk * SIZE + tl.arange(0, SIZE)
     v = tl.load(x + source * K + k, mask=k < K, other=0.0).to(tl.float32)
-    v = _rotate(v, SIZE, BLOCK, STAGES)
+    v = rotate(v, SIZE, STAGES)
     _store_codes(v, codes, scales, stored, row, chunk, K, expert, SIZE, RULE, DIVISOR, LIMIT, INT8, RINT, STORED_DIVIDED, NATIVE)
 
 
@@ -105,10 +105,11 @@ def quantize_kernel(
 def hidden_kernel(
     partial, order, chosen, codes, scales, stored, K, assignments, SIZE: tl.constexpr, SPLITS: tl.constexpr, RULE: tl.constexpr,
     DIVISOR: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr, STORED_DIVIDED: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    STAGES: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """partial [SPLITS, A, 2K] (gate then up), or [A, K] where SPLITS is 0, → codes [A, K] and scales ([A], or [A, K/128]);
     program (sorted row, SIZE columns)."""
+    after_previous(OVERLAP)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     assignment = tl.load(order + row)
     if assignment < 0:
@@ -126,15 +127,17 @@ def hidden_kernel(
             gate += tl.load(at, mask=k < K, other=0.0)
             up += tl.load(at + K, mask=k < K, other=0.0)
         v = gate / (1.0 + tl.exp(-gate)) * up
-    v = _rotate(v, SIZE, BLOCK, STAGES)
+    v = rotate(v, SIZE, STAGES)
     _store_codes(v, codes, scales, stored, row, chunk, K, expert, SIZE, RULE, DIVISOR, LIMIT, INT8, RINT, STORED_DIVIDED, NATIVE)
 
 
 @triton.jit(do_not_specialize=["assignments"])
 def combine_kernel(
-    partial, position, weights, y, H, assignments, SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, SPLITS: tl.constexpr
-):
+    partial, position, weights, y, H, assignments, SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """y [T, H] in its own dtype, summed in float32 over splits, then over a token's experts; padding (position -1) adds nothing."""
+    after_previous(OVERLAP)
     token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h = chunk * SIZE + tl.arange(0, SIZE)
     total = tl.zeros([SIZE], tl.float32)
@@ -153,6 +156,7 @@ def combine(partial: Tensor, position: Tensor, weights: Tensor, dtype: torch.dty
     splits, rows, hidden = partial.shape
     y = torch.empty(len(weights), hidden, dtype=dtype, device=partial.device)
     combine_kernel[(len(weights), triton.cdiv(hidden, COMBINE_COLUMNS))](
-        partial, position, weights, y, hidden, rows, SIZE=COMBINE_COLUMNS, PER_TOKEN=weights.shape[1], SPLITS=splits
-    )
+        partial, position, weights, y, hidden, rows, SIZE=COMBINE_COLUMNS, PER_TOKEN=weights.shape[1], SPLITS=splits,
+        **overlap_options(y.device),
+    )  # fmt: skip
     return y

@@ -21,6 +21,8 @@ At the end: · row_scale[e, n] (per channel) · token_scale[s] (per token) · ex
 import triton
 import triton.language as tl
 
+from mxconv.runtime.kernels.moe_overlap import after_previous
+
 STEP = 128
 """Inputs a step: the smallest group, the fp8 block, and one cache line of activations."""
 ROWS = 64
@@ -99,14 +101,16 @@ def grouped_gemm_kernel(
     WEIGHT: tl.constexpr, SCALES: tl.constexpr, GROUP_STEPS: tl.constexpr, PER_TOKEN: tl.constexpr, ROW_SCALE: tl.constexpr,
     TOKEN_SCALE: tl.constexpr, EXPERT_SCALE: tl.constexpr, FACTOR: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, NATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See the file. x [R, K] codes; w int8 [E, N/64, K/128, 64, 64 | 128]; out [splits, assignments, N] in its own dtype.
 
     scales float32 [E, K/(128·GROUP_STEPS), N] for `group`, [E, ⌈N/128⌉, K/128] for `block` with token_group_scales [R, K/128];
-    row_scale [E, N]; token_scale [R]; expert_scale [E]. PER_TOKEN 0: row s of x is the sorted assignment s; else x has a row a
-    token, and order int32 [assignments] says whose. GATED: a program takes BLOCK_N/2 gate rows and their up rows, and out is
-    silu(gate)·up [assignments, N/2], with K not split.
+    row_scale [E, N]; token_scale [R]; expert_scale [E]. PER_TOKEN 0: row s of x is the sorted assignment s; else its row is
+    order[s] // PER_TOKEN, order int32 [assignments]: a row a token, or with 1 a row an assignment. GATED: a program takes BLOCK_N/2
+    gate rows and their up rows, and out is silu(gate)·up [assignments, N/2], with K not split.
     """
+    after_previous(OVERLAP)
     n_block, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(tiles + tile * 3).to(tl.int64)
     if expert < 0:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxconv.runtime.kernels.moe_overlap import after_previous, overlap_options
+
 SMALL = 64
 """Tokens up to which the logits kernel takes 16 tokens a program and cuts the hidden size finely."""
 
@@ -16,12 +18,13 @@ SMALL = 64
 @triton.jit(do_not_specialize=["tokens", "share"])
 def logits_kernel(
     x, router, logits, tokens, H, share, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_H: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Partial logits float32 [splits, tokens, EXPERTS] of x [tokens, H] and router float32 [EXPERTS, H], `share` of H a split.
 
     EXACT: x is bf16 and the router is split into three bf16 parts; else the product is taken in float32, without tensor cores.
     """
+    after_previous(OVERLAP)
     block, split = tl.program_id(0), tl.program_id(1)
     t, e, h = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -44,9 +47,10 @@ def logits_kernel(
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def top_kernel(
     logits, chosen, weights, tokens, splits, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Softmax of the summed partial logits; chosen int32, weights float32 [tokens, K], largest first, ties to the lower expert."""
+    after_previous(OVERLAP)
     t, e, j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     there = (t < tokens)[:, None] & (e < EXPERTS)[None, :]
     z = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -91,10 +95,10 @@ def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
         return chosen, weights
     logits_kernel[(blocks, splits)](
         x, router, logits, tokens, hidden, share, EXPERTS=experts, BLOCK_E=block_e, BLOCK_T=block_t, BLOCK_H=64,
-        EXACT=x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret, num_warps=4,
+        EXACT=x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret, num_warps=4, **overlap_options(x.device),
     )  # fmt: skip
     top_kernel[(triton.cdiv(tokens, 16),)](
         logits, chosen, weights, tokens, splits, EXPERTS=experts, BLOCK_E=block_e, K=per_token,
-        BLOCK_K=triton.next_power_of_2(per_token), BLOCK_T=16, num_warps=4,
+        BLOCK_K=triton.next_power_of_2(per_token), BLOCK_T=16, num_warps=4, **overlap_options(x.device),
     )  # fmt: skip
     return chosen, weights

@@ -11,22 +11,23 @@ be captured in a CUDA graph. Nothing is added atomically: results do not depend 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxconv.runtime.kernels.moe_overlap import after_previous, overlap_options
 from mxconv.runtime.kernels.moe_table import max_tiles
 
 
-@triton.jit(do_not_specialize=["assignments", "max_tiles"])
-def sort_kernel(
-    chosen, order, position, tiles, ends, assignments, max_tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_T: tl.constexpr,
-    CHUNK: tl.constexpr,
+@triton.jit
+def sort_one(
+    expert, chosen, order, position, tiles, ends, assignments, max_tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr,
+    BLOCK_T: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program an expert and one for the padding: each counts all assignments, then places its own. BINS: 2^n > EXPERTS."""
-    expert = tl.program_id(0)
+    """Count all assignments, then place those of `expert`; EXPERTS itself stands for the padding. BINS: 2^n > EXPERTS."""
     bins, lane = tl.arange(0, BINS), tl.arange(0, CHUNK)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, assignments, CHUNK):
@@ -73,17 +74,41 @@ class Sorted:
     ends: Tensor
 
 
+@triton.jit(do_not_specialize=["assignments", "max_tiles"])
+def sort_kernel(
+    chosen, order, position, tiles, ends, assignments, max_tiles, EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program an expert, and one for the padding."""
+    after_previous(OVERLAP)
+    sort_one(
+        tl.program_id(0), chosen, order, position, tiles, ends, assignments, max_tiles, EXPERTS, BINS, BLOCK_T, CHUNK
+    )  # fmt: skip
+
+
+def empty_sorted(assignments: int, experts: int, block_t: int, device: torch.device) -> Sorted:
+    """Room for the sort's result; each part aligned to 16 bytes, so that one compiled kernel serves all token counts."""
+    sizes = (assignments, assignments, 3 * max_tiles(assignments, experts, block_t), experts)
+    rounded = [-(-size // 4) * 4 for size in sizes]
+    parts = torch.empty(sum(rounded), dtype=torch.int32, device=device).split(rounded)
+    order, position, tiles, ends = (part[:size] for part, size in zip(parts, sizes, strict=True))
+    return Sorted(order=order, position=position, tiles=tiles, ends=ends)
+
+
+def sort_arguments(chosen: Tensor, ordered: Sorted, experts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `sort_one` after `expert`: those at run time, and the constants but for BLOCK_T."""
+    assignments = chosen.numel()
+    constants = {
+        "EXPERTS": experts, "BINS": triton.next_power_of_2(experts + 1),
+        "CHUNK": 64 if assignments <= 64 else 2048,
+    }  # fmt: skip
+    places = (ordered.order, ordered.position, ordered.tiles, ordered.ends)
+    return (chosen, *places, assignments, ordered.tiles.numel() // 3), constants
+
+
 def sort_assignments(chosen: Tensor, experts: int, block_t: int) -> Sorted:
     """Sort `chosen` int [T, k] (an expert outside 0..E-1 is padding) by expert, in tiles of at most `block_t` assignments."""
-    assignments = chosen.numel()
-    tiles = max_tiles(assignments, experts, block_t)
-    sizes = (assignments, assignments, 3 * tiles, experts)
-    rounded = [-(-size // 4) * 4 for size in sizes]  # each part aligned to 16 bytes: one compiled kernel for all token counts
-    parts = torch.empty(sum(rounded), dtype=torch.int32, device=chosen.device).split(rounded)
-    order, position, table, ends = (part[:size] for part, size in zip(parts, sizes, strict=True))
-    chunk = min(1024, max(32, triton.next_power_of_2(assignments)))
-    sort_kernel[(experts + 1,)](
-        chosen, order, position, table, ends, assignments, tiles, EXPERTS=experts, BINS=triton.next_power_of_2(experts + 1),
-        BLOCK_T=block_t, CHUNK=chunk,
-    )  # fmt: skip
-    return Sorted(order=order, position=position, tiles=table, ends=ends)
+    ordered = empty_sorted(chosen.numel(), experts, block_t, chosen.device)
+    arguments, constants = sort_arguments(chosen, ordered, experts)
+    sort_kernel[(experts + 1,)](*arguments, BLOCK_T=block_t, **constants, **overlap_options(chosen.device))
+    return ordered

@@ -60,7 +60,6 @@ def codes_of(x: Tensor, scheme: Scheme, scale: Tensor) -> Tensor:
 def check_quantized_input(scheme: Scheme, device: torch.device, tokens: int, hidden: int) -> None:
     """Codes and scales of the layer's input equal those of the plain twin to the bit; rotated ones but for near ties."""
     from mxconv.runtime.kernels.moe import MoeExperts
-    from mxconv.runtime.kernels.moe_sort import sort_assignments
     from mxconv.runtime.linear import quantize_activation
 
     pairs = random_experts(scheme, 3, hidden, 256)
@@ -68,18 +67,17 @@ def check_quantized_input(scheme: Scheme, device: torch.device, tokens: int, hid
     x, chosen, _ = random_inputs(tokens, hidden, 3, 2)
     x[0, 3] = 1e4  # saturates static codes, and makes a token's other codes small: subnormals
     x[0, 4:] *= 1e-1
-    ordered = sort_assignments(chosen.to(device), 3, 16)
-    codes, scale = (part.cpu() for part in layer.quantize_input(x.to(device), chosen.to(device), ordered))
+    _, codes, scale = layer.front(x.to(device), chosen.to(device), 16)
+    codes, scale = codes.cpu(), scale.cpu()
     rotated, rule = rotate(x, scheme.rotation["up_gate_proj"]), scheme.activation
     if not scheme.static:
         # Divided by its scale, the twin's value is a code again: no code is closer than a relative 2^-4 to the next one.
         expected = quantize_activation(rotated, rule)
         assert error(codes_of(codes, scheme, scale), expected.double()) < 1e-7
         return
-    order = ordered.order.cpu().long()
     for expert, (up_gate, _down) in enumerate(pairs):
-        rows = (chosen.flatten()[order] == expert).nonzero()[:, 0]
-        expected = quantize_activation(rotated[order[rows] // 2], rule, up_gate.activation_scale)
+        rows = (chosen.flatten() == expert).nonzero()[:, 0]
+        expected = quantize_activation(rotated[rows // 2], rule, up_gate.activation_scale)
         step = float(up_gate.activation_scale) / (1.0 if rule.stored_divided else rule.divisor)
         got = codes[rows].double() * step
         assert error(got, expected) < (1e-3 if scheme.rotation["up_gate_proj"] else 1e-7)
@@ -100,7 +98,7 @@ def test_input_codes(scheme: Scheme) -> None:
 def check_gemm(
     scheme: Scheme, device: torch.device, rows: int, n: int, k: int, experts: int, bar: float, **other: object
 ) -> float:
-    """A grouped GEMM on given codes against float64: relative L2; rows of no expert stay as they were. `other` alters the launch."""
+    """A grouped GEMM on given codes against float64: relative L2. Rows of no expert stay; `other` alters the launch."""
     from mxconv.runtime.coded import rotated_weight
     from mxconv.runtime.kernels.moe import Matrix
     from mxconv.runtime.kernels.moe_sort import sort_assignments

@@ -139,7 +139,7 @@ def check_route(device: torch.device, dtype: torch.dtype, tokens: int, hidden: i
     assert torch.equal(chosen[:-1].long(), expected[:-1])  # these seeds have no near ties: the smallest gap is asserted below
     ordered = shares[:-1].sort(-1, descending=True).values
     assert float((ordered[:, :-1] - ordered[:, 1:])[:, :per_token].min()) > 1e-7
-    assert torch.allclose(weights[:-1].double(), (top / top.sum(-1, keepdim=True))[:-1], rtol=2e-6, atol=0)
+    assert torch.allclose(weights[:-1].double(), (top / top.sum(-1, keepdim=True))[:-1], rtol=1e-5, atol=0)
 
 
 @interpreted
