@@ -117,6 +117,6 @@ def append_run_log(root: Path, record: Mapping[str, Any]) -> None:
     with writing(path):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            os.write(fd, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+            os.write(fd, json.dumps(line).encode() + b"\n")  # escaped: a path may hold bytes that are no UTF-8
         finally:
             os.close(fd)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 
@@ -174,3 +175,24 @@ def test_mutated_indexes_end_in_an_answer_that_the_package_shares(count: int, tm
             assert name in dict(safetensors.deserialize((folder / file).read_bytes()))
     assert 0 < accepted < count
     print(f"proof: {count:,} mutated indexes, {accepted:,} accepted, all as the safetensors package reads them")
+
+
+def test_folder_names_that_are_no_utf8(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A name of any bytes is a name: everything works, and is printed escaped."""
+    source, out = Path(f"{tmp_path}/s\udcffx"), Path(f"{tmp_path}/o\udcfey")
+    shutil.copytree(folders["m1"], source)
+    commands: list[tuple[object, ...]] = [
+        ("inspect", source), ("convert", source, out, "--tp", "2", "--plan", tmp_path / "p\udcfd"), ("inspect", out, "--json"),
+        ("check", out), ("convert", source, out, "--tp", "2", "--resume", "--json"), ("diff", source, out, "--json"),
+        ("verify", out, "--source", source, "--windows", "1", "--window", "8", "--junit", tmp_path / "j\udcfc", "--json"),
+        ("quantize", source, f"{out}2", "--scheme", "w4a8", "--calibration", tmp_path / "i\udcfb.npy"),
+    ]  # fmt: skip
+    np.save(tmp_path / "i\udcfb.npy", np.arange(16))
+    for command in commands:
+        result = run(*command)
+        assert result.code == 0, (command, result.err)
+        (result.out + result.err).encode()
+    lines = [json.loads(line) for line in (out / "run.log").read_text().splitlines()]
+    assert lines[0]["source"] == str(source.resolve())
+    for command in (("inspect", f"{source}3"), ("convert", source, out), ("convert", source, out, "--json")):
+        assert run(*command).code in (4, 5)
