@@ -55,7 +55,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def captured(runs: list[Callable[[], object]]) -> float:
-    """Median ms of one of `runs`, captured one behind the other in a graph of 20 at least, so that its own launch does not count."""
+    """Median ms of one of `runs`, captured one behind the other in a graph of 20 or more: its launch does not count."""
     runs = runs * -(-20 // len(runs))
     runs[0]()
     torch.cuda.synchronize()

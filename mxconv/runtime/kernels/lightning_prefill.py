@@ -198,10 +198,9 @@ class _Call:
         packed = self.packed
         shape = (packed.sequences, packed.heads, self.cut.segments, packed.size, packed.size)
         local_states = torch.empty(shape, dtype=torch.float32, device=self.q.device)
-        self._launch(
-            lightning_states, launch, self.cut.segments - self.cut.parts, self.k, self.v, self.rates, self.lengths, self.counts, local_states,
-            REACH[self.q.dtype], *self.strides[1], *self.strides[2],
-        )  # fmt: skip
+        inputs = self.k, self.v, self.rates, self.lengths, self.counts, local_states
+        before_last = self.cut.segments - self.cut.parts
+        self._launch(lightning_states, launch, before_last, *inputs, REACH[self.q.dtype], *self.strides[1], *self.strides[2])
         return local_states
 
     def run_outputs(
@@ -210,7 +209,8 @@ class _Call:
         """Write `out` and `final`, by the Hopper kernel where its conditions are met."""
         tensors, nothing = (self.q, self.k, self.v, self.out), self.rates  # `nothing` is never read: its flag is off
         rows = self._hopper_rows(launches.hopper)
-        flags = {"STARTED": state is not None, "POOLED": slots is not None, "SEGMENTED": self.cut.programs > 1, "PARTS": self.cut.parts}
+        flags = {"STARTED": state is not None, "POOLED": slots is not None, "SEGMENTED": self.cut.programs > 1}
+        parts = self.cut.parts
         behind = (
             nothing if state is None else state, final, nothing if slots is None else slots,
             nothing if local_states is None else local_states, REACH[self.q.dtype], *(n for pair in self.strides for n in pair),
@@ -222,13 +222,13 @@ class _Call:
             hopper_outputs[grid](
                 *tensors, *rows, self.rates, self.lengths, *behind, self.packed.tokens, self.packed.heads, self.cut.segments,
                 D=self.packed.size, BV=launches.hopper.columns, C=launches.hopper.chunk, STAGES=launches.hopper.stages,
-                VARLEN=self.flags["VARLEN"], num_warps=launches.hopper.warps, **flags,
+                VARLEN=self.flags["VARLEN"], PARTS=parts, num_warps=launches.hopper.warps, **flags,
             )  # fmt: skip
             return
         from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
 
         inputs = *tensors, self.rates, self.lengths, self.counts
-        self._launch(lightning_outputs, launches.outputs, self.cut.programs, *inputs, *behind, **flags)
+        self._launch(lightning_outputs, launches.outputs, self.cut.programs, *inputs, *behind, PARTS=parts, **flags)
 
     def _hopper_rows(self, launch: Launch | None) -> tuple[Any, ...] | None:
         """Tensor descriptors of q, k, v and out as [rows, width], or None where the Hopper kernel cannot take this call."""
