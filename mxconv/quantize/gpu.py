@@ -173,7 +173,7 @@ class GpuEncoder:
         self._launch(
             fp8_tensor_kernel, -(-n // (4 * TENSOR.rows)) * -(-width // TENSOR.columns), TENSOR,
             _readable(rows), _words(codes, n), absmax, self._flags, n, width, codes.stride(0),
-            self._divisor, self._inverse, self._remainder,
+            self._divisor, self._inverse,
             LOG2=self._log2, R=TENSOR.rows, L=TENSOR.lanes, STEPS=TENSOR.steps, WORDS=_fits_words(codes, n),
             MASKED=width % TENSOR.columns != 0, EXACT=interpreted(), ASSEMBLY=not interpreted(),
         )  # fmt: skip

@@ -117,7 +117,7 @@ def fp8_block_kernel(
 
 @triton.jit
 def _rotated(
-    weights, n, rows, column, width, divisor, inverse, remainder,
+    weights, n, rows, column, width, divisor, inverse,
     LOG2: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """8·L rotated, divided columns of rows n: 8 tiles [R, L]."""
@@ -125,7 +125,7 @@ def _rotated(
     out = ()
     for v in tl.static_range(8):
         if LOG2 > 0:
-            out = out + (divided(values[v], divisor, inverse, remainder, EXACT),)
+            out = out + (divided(values[v], divisor, inverse, 0.0, True, EXACT),)
         else:
             out = out + (values[v],)
     return out
@@ -133,14 +133,14 @@ def _rotated(
 
 @triton.jit
 def fp8_tensor_kernel(
-    weights, codes, absmax, flags, rows, width, stride, divisor, inverse, remainder,
+    weights, codes, absmax, flags, rows, width, stride, divisor, inverse,
     LOG2: tl.constexpr, R: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Codes of 4·R rows × 8·L·STEPS columns a program, rotated by blocks of 2^LOG2 ≤ 8·L; the grid as in `int4_kernel`.
 
-    weights, codes, flags: as in `fp8_block_kernel`. absmax: float32 [1], of the rotated weights, not yet divided. divisor, inverse,
-    remainder: for `divided`.
+    weights, codes, flags: as in `fp8_block_kernel`. absmax: float32 [1], of the rotated weights, not yet divided. divisor, inverse:
+    a power of two and 1 over it.
     """
     across = tl.cdiv(width, 8 * L * STEPS)
     tile = tl.program_id(0)
@@ -157,10 +157,10 @@ def fp8_tensor_kernel(
     for t in tl.static_range(STEPS):
         column = first_column + t * 8 * L
         words = _words(
-            _rotated(weights, n, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
-            _rotated(weights, n + 1, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
-            _rotated(weights, n + 2, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
-            _rotated(weights, n + 3, rows, column, width, divisor, inverse, remainder, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n, rows, column, width, divisor, inverse, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 1, rows, column, width, divisor, inverse, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 2, rows, column, width, divisor, inverse, LOG2, L, MASKED, EXACT),
+            _rotated(weights, n + 3, rows, column, width, divisor, inverse, LOG2, L, MASKED, EXACT),
             scale, inverse_scale, EXACT, ASSEMBLY,
         )  # fmt: skip
         _store(codes, words, column, width, first_row, rows, stride, L, WORDS, MASKED)

@@ -44,8 +44,8 @@ def _codes(
     for i in tl.static_range(FIRST, LAST, 2):
         even, odd = values[i], values[i + 1]
         if LOG2 > 0:
-            even = divided(even, root, inverse, remainder, EXACT)
-            odd = divided(odd, root, inverse, remainder, EXACT)
+            even = divided(even, root, inverse, remainder, LOG2 % 2 == 0, EXACT)
+            odd = divided(odd, root, inverse, remainder, LOG2 % 2 == 0, EXACT)
         even = quotient(even, scale, inverse_scale, EXACT) * 7.0 + (MAGIC + OFFSET)
         odd = quotient(odd, scale, inverse_scale, EXACT) * 7.0 + MAGIC
         out = out + (even.to(tl.int32, bitcast=True) + odd.to(tl.int32, bitcast=True) * 16,)

@@ -43,15 +43,17 @@ def quotient(x, divisor, inverse, EXACT: tl.constexpr):
 
 
 @triton.jit
-def divided(x, divisor, inverse, remainder, EXACT: tl.constexpr):
+def divided(x, divisor, inverse, remainder, POWER: tl.constexpr, EXACT: tl.constexpr):
     """x / divisor for a rotation's divisor, correctly rounded; `inverse` is fl(1/divisor), `remainder` fl(1/divisor − inverse).
 
-    EXACT as in `quotient`. Otherwise x·remainder + x·inverse in two roundings: for powers of two (remainder 0) trivially, for
-    fl(√128) and fl(√512), which share a significand, exact for each of the 2^23 significands of x (Brisebarre, Muller and Raina
-    2004; all are tried in the tests), as long as |x| ≥ 2^-90.
+    EXACT as in `quotient`. Otherwise, as long as |x| ≥ 2^-90: by a power of two (POWER) x·inverse; by fl(√128) and fl(√512), which
+    share a significand, x·remainder + x·inverse in two roundings, exact for each of the 2^23 significands of x (Brisebarre, Muller
+    and Raina 2004; all are tried in the tests).
     """
     if EXACT:
         return tl.div_rn(x, divisor)
+    elif POWER:
+        return x * inverse
     else:
         return tl.fma(x, inverse, x * remainder)
 
