@@ -244,11 +244,44 @@ def end_to_end(checkpoint: Path, schemes: list[str], workers: int) -> Iterator[d
                 row[device] = done.stderr[-300:]
                 continue
             row[f"{device}_s"] = time.monotonic() - began
-            row[f"{device}_run_s"] = json.loads(done.stdout.splitlines()[-1]).get("seconds")
+            result = json.loads(done.stdout.splitlines()[-1])
+            row |= {f"{device}_run_s": result["seconds"], f"{device}_rate": result["read_bytes"] / result["seconds"]}
             row[f"{device}_manifest"] = (out / "manifest.json").read_bytes().hex()
             shutil.rmtree(out.parent)
         row["identical"] = row.pop("cpu_manifest", 0) == row.pop("cuda_manifest", 1)
         yield row
+
+
+def kernel_table(rate: float) -> list[dict[str, Any]]:
+    """Measure and print, a line as soon as it is known."""
+    rows = []
+    print("| case | ms | of copy | goal | bits | eager ms | compiled ms (of copy; other bytes) |\n" + "|---" * 7 + "|")
+    for row in kernels(rate):
+        rows.append(row)
+        verdict = "identical" if row["identical"] else "DIFFERENT"
+        told = [row["case"], f"{row['ms']:.3f}", f"{row['of_copy']:.2f}", GOALS.get(row["case"], ""), verdict, "", ""]
+        if "eager_ms" in row:
+            compiled = f"{row['compiled_ms']:.3f} ({row['compiled_of_copy']:.2f}; {row['compiled_other_bytes']:.1e})"
+            told[5:] = [f"{row['eager_ms']:.1f}", compiled]
+        print("| " + " | ".join(map(str, told)) + " |", flush=True)
+    return rows
+
+
+def run_table(checkpoint: Path, schemes: list[str], workers: int) -> list[dict[str, Any]]:
+    """Measure and print, a line as soon as it is known."""
+    rows = []
+    print(f"{workers} workers; seconds of the run, source bytes a second (with the process's start)")
+    print("| scheme | --device cpu | --device cuda | artifacts |\n" + "|---" * 4 + "|")
+    for row in end_to_end(checkpoint, schemes, workers):
+        rows.append(row)
+        told = [row["scheme"]]
+        for device in ("cpu", "cuda"):
+            if f"{device}_s" in row:
+                told.append(f"{row[f'{device}_run_s']:.2f} s, {row[f'{device}_rate'] / 1e9:.2f} GB/s ({row[f'{device}_s']:.1f} s)")
+            else:
+                told.append(row[device])
+        print("| " + " | ".join(told) + f" | {'identical' if row['identical'] else 'DIFFERENT'} |", flush=True)
+    return rows
 
 
 def main() -> None:
@@ -258,6 +291,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="folder of benchmarks/make_layer.py")
     parser.add_argument("--schemes", nargs="*", default=["w4afp8", "block_wise_fp8"])
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--only-runs", action="store_true", help="leave the kernels out")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     rate = copy_rate()
@@ -266,21 +300,10 @@ def main() -> None:
         sweep(rate, a.sweep)
         return
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "kernels": [], "runs": []}
-    print("| case | ms | of copy | goal | bits | eager ms | compiled ms (of copy; other bytes) |\n" + "|---" * 7 + "|")
-    for row in kernels(rate):
-        report["kernels"].append(row)
-        verdict = "identical" if row["identical"] else "DIFFERENT"
-        told = [row["case"], f"{row['ms']:.3f}", f"{row['of_copy']:.2f}", GOALS.get(row["case"], ""), verdict, "", ""]
-        if "eager_ms" in row:
-            compiled = f"{row['compiled_ms']:.3f} ({row['compiled_of_copy']:.2f}; {row['compiled_other_bytes']:.1e})"
-            told[5:] = [f"{row['eager_ms']:.1f}", compiled]
-        print("| " + " | ".join(map(str, told)) + " |", flush=True)
+    if not a.only_runs:
+        report["kernels"] = kernel_table(rate)
     if a.checkpoint:
-        print("| scheme | --device cpu | --device cuda | artifacts |\n" + "|---" * 4 + "|")
-        for row in end_to_end(a.checkpoint, a.schemes, a.workers):
-            report["runs"].append(row)
-            told = [row["scheme"], row.get("cpu_s", row.get("cpu")), row.get("cuda_s", row.get("cuda"))]
-            print("| " + " | ".join(map(str, told)) + f" | {'identical' if row['identical'] else 'DIFFERENT'} |", flush=True)
+        report["runs"] = run_table(a.checkpoint, a.schemes, a.workers)
     if a.json:
         a.json.write_text(json.dumps(report, indent=1))
 
