@@ -12,7 +12,7 @@ from mxconv.runtime.cache import Past
 from mxconv.runtime.linear import ACTIVATIONS, Activations
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.moe import FeedForward, Observer
-from mxconv.runtime.norm import rms_norm
+from mxconv.runtime.norm import add, add_rms_norm, rms_norm
 from mxconv.runtime.parallel import Group
 
 
@@ -41,17 +41,10 @@ class DecoderLayer:
         if activations not in ACTIVATIONS:
             raise UsageError("unknown way to treat activations", expected=" or ".join(ACTIVATIONS), got=repr(activations))
         h = rms_norm(x, self.attn_norm, self.eps)
-        x = self._add(h if self.postnorm else x, attend_in_chunks(self.attention, h, batch, cache), self.attention_factors)
-        h = rms_norm(x, self.mlp_norm, self.eps)
-        return self._add(h if self.postnorm else x, self.feed_forward(h, batch.mask, activations, observer), self.mlp_factors)
+        update = attend_in_chunks(self.attention, h, batch, cache)
+        x, h = add_rms_norm(h if self.postnorm else x, update, self.attention_factors, self.mlp_norm, self.eps)
+        return add(h if self.postnorm else x, self.feed_forward(h, batch.mask, activations, observer), self.mlp_factors)
 
     def release(self) -> None:
         """Let the weights go, whoever still holds the layer: the next one must not stand in memory beside them."""
         del self.attention, self.feed_forward
-
-    @staticmethod
-    def _add(residual: Tensor, update: Tensor, factors: tuple[float, float]) -> Tensor:
-        alpha, beta = factors
-        if beta != 1.0:
-            update = update * beta
-        return torch.add(update, residual, alpha=alpha)
