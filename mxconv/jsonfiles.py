@@ -50,7 +50,11 @@ def read_json(path: Path) -> Any:
 
     Raises IncompleteInput when it is absent, MalformedInput when it is no such file or no such JSON.
     """
-    text = read_regular(path)
+    return parse_json(read_regular(path), path)
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """The JSON value of `text`, the content of `path`. Raises MalformedInput when it is no JSON, or has a key twice."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
         if b"\\ud" in text or b"\\uD" in text:

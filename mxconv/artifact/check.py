@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from mxconv.artifact.facts import fact_problems
+from mxconv.artifact.leftovers import leftovers
 from mxconv.artifact.manifest import FileFact, Manifest, find_artifact
 from mxconv.artifact.names import MANIFEST_NAME, RUN_LOG_NAME
-from mxconv.artifact.output import leftovers
-from mxconv.artifact.tree import walk
+from mxconv.artifact.tree import strays
 from mxconv.checkpoint.boxes import ShortRead, fill
 from mxconv.checkpoint.files import OPEN_FLAGS, check_inside, read_file
 from mxconv.checkpoint.folder import read_shards
@@ -25,6 +27,7 @@ from mxconv.errors import IncompleteInput, IntegrityError, MxconvError, Resource
 from mxconv.progress import SILENT, Progress
 
 CHUNK_BYTES = 4 << 20
+WAKE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,83 +76,118 @@ def check_source(root: Path) -> CheckReport:
 
 
 def check_artifact(root: Path, manifest: Manifest, *, workers: int | None = None, progress: Progress = SILENT) -> CheckReport:
-    """Every file that the manifest lists, hashed in parallel; files that it does not list."""
+    """Whether the manifest is one that a run writes; every file that it lists, hashed in parallel; what it does not list.
+
+    An exception in the calling thread, or one that `progress` raises, ends the hashing within a chunk of each file.
+    """
     facts = sorted(manifest.files.values(), key=lambda fact: -fact.size_bytes)
     total = sum(fact.size_bytes for fact in facts)
+    look = _Look(root=root, progress=progress)
     progress.start("checking", total)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        found = list(pool.map(lambda fact: _check_file(root, fact, progress), facts))
+        found = [pool.submit(look.at, fact) for fact in facts]
+        try:
+            while wait(found, timeout=WAKE_SECONDS, return_when=FIRST_EXCEPTION).not_done:
+                _raise_failed(found)  # a signal that another thread received is looked at between two waits
+            problems = [problem for future in found for problem in future.result()]
+        except BaseException:
+            look.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
     progress.finish()
-    left = leftovers(root, manifest.plan_digest)
-    strays = set(walk(root)) - manifest.files.keys() - {MANIFEST_NAME, RUN_LOG_NAME, *left}
-    problems = [problem for group in found for problem in group]
-    problems += [IntegrityError("file is not in the manifest", where=root / path) for path in sorted(strays)]
+    left = leftovers(root, manifest)
+    extra = strays(root, {*manifest.files, MANIFEST_NAME, RUN_LOG_NAME, *left})
+    problems += [
+        IntegrityError(f"{'folder' if path.endswith('/') else 'file'} is not in the manifest", where=root / path) for path in extra
+    ]
     return CheckReport(
         root=root, kind="artifact", files=len(facts), tensors=sum(len(fact.tensors) for fact in facts), size_bytes=total,
-        sha256=manifest.sha256, problems=tuple(problems),
+        sha256=manifest.sha256, problems=(*fact_problems(manifest, str(root / MANIFEST_NAME)), *problems),
         notes=tuple(f"{path} is left of a run that was killed at its very end; --resume removes it" for path in left),
     )  # fmt: skip
 
 
-def _check_file(root: Path, fact: FileFact, progress: Progress) -> list[MxconvError]:
-    path = root / fact.path
-    try:
-        check_inside(Path(os.path.realpath(root)), path)
-        fd = os.open(path, OPEN_FLAGS)
-    except FileNotFoundError:
-        return [IntegrityError("file of the manifest is missing", where=path)]
-    except MxconvError as error:
-        return [IntegrityError(error.what, where=path)]
-    except OSError as error:
-        return [IntegrityError(f"file cannot be opened: {error.strerror}", where=path)]
-    try:
+def _raise_failed(futures: Sequence[Future[list[MxconvError]]]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+class Stopped(Exception):
+    """The check is ending; nobody waits for this file any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """One check of an artifact, told to every thread."""
+
+    root: Path
+    progress: Progress
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def at(self, fact: FileFact) -> list[MxconvError]:
+        """What is wrong with one file."""
+        path = self.root / fact.path
+        try:
+            check_inside(Path(os.path.realpath(self.root)), path)
+            fd = os.open(path, OPEN_FLAGS)
+        except FileNotFoundError:
+            return [IntegrityError("file of the manifest is missing", where=path)]
+        except MxconvError as error:
+            return [IntegrityError(error.what, where=path)]
+        except OSError as error:
+            return [IntegrityError(f"file cannot be opened: {error.strerror}", where=path)]
+        try:
+            return self._compare(fact, fd, path)
+        except ShortRead:
+            return [IntegrityError("file became shorter while it was read", where=path)]
+        except OSError as error:
+            return [ResourceError(f"cannot read: {error.strerror}", where=path)]
+        finally:
+            os.close(fd)
+
+    def _compare(self, fact: FileFact, fd: int, path: Path) -> list[MxconvError]:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return [IntegrityError("not a regular file", where=path)]
         if info.st_size != fact.size_bytes:
             what = "file is truncated" if info.st_size < fact.size_bytes else "file has grown"
             return [IntegrityError(what, where=path, expected=f"{fact.size_bytes} bytes", got=f"{info.st_size} bytes")]
-        if _hash(fd, 0, fact.size_bytes, progress, fact.path) == fact.sha256:
+        if self._hash(fd, 0, fact.size_bytes, self.progress, fact.path) == fact.sha256:
             return []
-        return _name_damage(root, fact, fd)
-    except ShortRead:
-        return [IntegrityError("file became shorter while it was read", where=path)]
-    except OSError as error:
-        return [ResourceError(f"cannot read: {error.strerror}", where=path)]
-    finally:
-        os.close(fd)
+        return self._name_damage(fact, fd)
 
+    def _hash(self, fd: int, offset: int, length: int, progress: Progress, item: str) -> str:
+        digest = hashlib.sha256()
+        buffer = np.empty(min(CHUNK_BYTES, length), dtype=np.uint8)
+        for start in range(offset, offset + length, CHUNK_BYTES):
+            if self.stop.is_set():
+                raise Stopped
+            chunk = buffer[: min(CHUNK_BYTES, offset + length - start)]
+            fill(fd, chunk, start)
+            digest.update(chunk.data)
+            progress.advance(len(chunk), item)
+        return digest.hexdigest()
 
-def _hash(fd: int, offset: int, length: int, progress: Progress, item: str) -> str:
-    digest = hashlib.sha256()
-    buffer = np.empty(min(CHUNK_BYTES, length), dtype=np.uint8)
-    for start in range(offset, offset + length, CHUNK_BYTES):
-        chunk = buffer[: min(CHUNK_BYTES, offset + length - start)]
-        fill(fd, chunk, start)
-        digest.update(chunk.data)
-        progress.advance(len(chunk), item)
-    return digest.hexdigest()
-
-
-def _name_damage(root: Path, fact: FileFact, fd: int) -> list[MxconvError]:
-    """The tensors of a damaged file that are not what the manifest says; the file alone when its header is damaged too."""
-    path = root / fact.path
-    if not fact.tensors:
-        return [IntegrityError("content was changed", where=path, expected=f"sha256 {fact.sha256}")]
-    read = read_file(root, Path(os.path.realpath(root)), fact.path)
-    stored = {} if read is None or read.problems else {entry.name: entry for entry in read.entries}
-    as_planned = all(
-        name in stored and (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
-        for name, tensor in fact.tensors.items()
-    )
-    if read is None or not as_planned or len(stored) != len(fact.tensors):
-        return [IntegrityError("header was changed", where=path, expected=f"sha256 {fact.sha256}")]
-    damaged = [
-        name
-        for name, entry in stored.items()
-        if _hash(fd, read.data_start + entry.begin, entry.end - entry.begin, SILENT, name) != fact.tensors[name].sha256
-    ]
-    return _damage(path, damaged) or [IntegrityError("header was changed", where=path, expected=f"sha256 {fact.sha256}")]
+    def _name_damage(self, fact: FileFact, fd: int) -> list[MxconvError]:
+        """The tensors of a damaged file that are not what the manifest says; the file alone when its header is damaged too."""
+        root, path = self.root, self.root / fact.path
+        if not fact.tensors:
+            return [IntegrityError("content was changed", where=path, expected=f"sha256 {fact.sha256}")]
+        read = read_file(root, Path(os.path.realpath(root)), fact.path)
+        stored = {} if read is None or read.problems else {entry.name: entry for entry in read.entries}
+        as_planned = all(
+            name in stored and (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
+            for name, tensor in fact.tensors.items()
+        )
+        if read is None or not as_planned or len(stored) != len(fact.tensors):
+            return [IntegrityError("header was changed", where=path, expected=f"sha256 {fact.sha256}")]
+        damaged = [
+            name
+            for name, entry in stored.items()
+            if self._hash(fd, read.data_start + entry.begin, entry.end - entry.begin, SILENT, name) != fact.tensors[name].sha256
+        ]
+        return _damage(path, damaged) or [IntegrityError("header was changed", where=path, expected=f"sha256 {fact.sha256}")]
 
 
 def _damage(path: Path, names: Iterable[str]) -> list[MxconvError]:

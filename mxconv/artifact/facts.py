@@ -13,7 +13,7 @@ from typing import Any
 
 from mxconv.artifact.manifest import Manifest
 from mxconv.checkpoint.folder import path_problem
-from mxconv.errors import MalformedInput
+from mxconv.errors import MalformedInput, MxconvError, raise_all
 from mxconv.tensors import DTYPE_BYTES
 
 DIALECTS = ("minimax-m1", "minimax")
@@ -77,16 +77,33 @@ _FACTS: Mapping[str, Check] = MappingProxyType(
 
 def require_facts(manifest: Manifest, where: str) -> None:
     """Raise MalformedInput unless every key that a reader of artifacts uses is there and of its kind (docs/manifest.md)."""
+    raise_all(fact_problems(manifest, where)[:1])
+
+
+def fact_problems(manifest: Manifest, where: str) -> list[MxconvError]:
+    """What is wrong with the planner's part of a manifest, one problem a key, and with the files that every artifact has."""
     body = manifest.body
-    for key, check in _FACTS.items():
-        if key not in body or not check(body[key]):
-            what = f"manifest is malformed: {key} is missing or not what it must be"
-            raise MalformedInput(what, where=where, got=_wrong(key, body))
+    problems: list[MxconvError] = [
+        MalformedInput(f"manifest is malformed: {key} is missing or not what it must be", where=where, got=_wrong(key, body))
+        for key, check in _FACTS.items()
+        if key not in body or not check(body[key])
+    ]
+    if problems:
+        return problems
     source = body["source"]
     if source["weight_map"].keys() != source["dtypes"].keys():
-        raise MalformedInput("manifest is malformed: source.weight_map and source.dtypes name different tensors", where=where)
+        what = "manifest is malformed: source.weight_map and source.dtypes name different tensors"
+        problems.append(MalformedInput(what, where=where))
     if not _text_of(source["config"], source["config_text"]):
-        raise MalformedInput("manifest is malformed: source.config_text is not source.config", where=where)
+        problems.append(MalformedInput("manifest is malformed: source.config_text is not source.config", where=where))
+    shards = [path for path, fact in manifest.files.items() if fact.tensors]
+    if "config.json" not in manifest.files or not shards:
+        problems.append(MalformedInput("manifest is malformed: it lists no config.json or no tensor", where=where))
+    ranks = {path.partition("/")[0] for path in shards}
+    if shards and body["tp"] > 1 and ranks != {f"rank{rank}" for rank in range(body["tp"])}:
+        what = "manifest is malformed: its shards are not those of tp ranks"
+        problems.append(MalformedInput(what, where=where, expected=body["tp"], got=sorted(ranks)))
+    return problems
 
 
 def _wrong(key: str, body: Mapping[str, Any]) -> str | None:

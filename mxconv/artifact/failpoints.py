@@ -35,9 +35,15 @@ NAMES = (
     "manifest-written",
     "manifest-linked",
     "journal-removed",
+    "old-aside",
+    "new-in-place",
     "exchanged",
     "old-removed",
 )
+
+# Of these, what only a run with --overwrite reaches; the first two only where two names cannot be exchanged in one step.
+REPLACING = ("old-aside", "new-in-place", "exchanged", "old-removed")
+BY_RENAMES = REPLACING[:2]
 
 
 def _kill() -> None:

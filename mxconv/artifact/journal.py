@@ -2,8 +2,9 @@
 
     {"crc32": "89abcdef", "record": {"kind": "unit", "unit": "layers.0.experts.3", "source_sha256": "…", "outputs": ["…"], …}}
 
-The first record names format and plan. Reading stops at the first line that is torn, damaged or out of place, and the file is cut
-there: what follows a damaged line proves nothing. Only the process that holds the lock writes it.
+The first record names format and plan, the second ("files") every path that the run will write, so that what lies in the folder of
+a dead run can be told from what somebody else put there. Reading stops at the first line that is torn, damaged or out of place, and
+the file is cut there: what follows a damaged line proves nothing. Only the process that holds the lock writes it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import threading
 import time
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mxconv.artifact.failpoints import reach
 from mxconv.artifact.names import JOURNAL_NAME
 from mxconv.artifact.system import sync_directory, try_lock, writing
-from mxconv.errors import MalformedInput, OutputConflict
+from mxconv.checkpoint.folder import path_problem
+from mxconv.errors import MalformedInput, MxconvError, OutputConflict
+from mxconv.jsonfiles import read_regular
 
 FORMAT = "mxconv-journal/1"
 SYNC_SECONDS = 1.0
 MAX_BYTES = 1 << 30
+
+_BEGINNING = b'{"crc32":"'
 
 Record = Mapping[str, Any]
 
@@ -64,18 +70,47 @@ def read_records(data: bytes) -> tuple[list[Record], int]:
     return records, position
 
 
-def journal_plan(folder: Path) -> str | None:
-    """The plan that the journal of `folder` names, None when there is none that can be read."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remains:
+    """What the journal that a run left behind says of it: its plan, and the `files` that it set out to write.
+
+    `plan` is None when the first line is not whole: the run died before it wrote anything else.
+    """
+
+    plan: str | None
+    files: frozenset[str]
+    whole: bool
+    """No line is torn or damaged."""
+
+
+def read_remains(folder: Path) -> Remains | None:
+    """The journal that lies in `folder`, None when there is none that mxconv can have written."""
+    path = folder / JOURNAL_NAME
     try:
-        fd = os.open(folder / JOURNAL_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            records, _ = read_records(os.read(fd, 4096))
-        finally:
-            os.close(fd)
-    except OSError:
+        data = b"" if path.is_symlink() else read_regular(path, MAX_BYTES)
+    except MxconvError:
         return None
-    plan = records[0].get("plan") if records else None
-    return plan if isinstance(plan, str) else None
+    records, good = read_records(data)
+    first: Record = records[0] if records else {}
+    plan = first.get("plan") if first.get("kind") == "plan" and first.get("format") == FORMAT else None
+    if not isinstance(plan, str):
+        torn = not records and not path.is_symlink() and data[: len(_BEGINNING)] == _BEGINNING[: len(data)]
+        return Remains(plan=None, files=frozenset(), whole=not data) if torn else None
+    named = [record.get("paths") for record in records if record.get("kind") == "files"]
+    files = frozenset(path for paths in named if isinstance(paths, list) for path in paths if path_problem(path) is None)
+    return Remains(plan=plan, files=files, whole=good == len(data))
+
+
+def held(folder: Path) -> bool:
+    """Whether a run at work holds the journal of `folder`: what tells where folders cannot be locked."""
+    try:
+        fd = os.open(folder / JOURNAL_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return try_lock(fd) is False
+    finally:
+        os.close(fd)
 
 
 class Journal:

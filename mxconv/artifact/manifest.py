@@ -24,9 +24,10 @@ from types import MappingProxyType
 from typing import Any
 
 from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME
+from mxconv.checkpoint.files import check_inside
 from mxconv.checkpoint.folder import path_problem
 from mxconv.errors import IncompleteInput, IntegrityError, MalformedInput, MxconvError, reading_failed
-from mxconv.jsonfiles import read_json
+from mxconv.jsonfiles import parse_json, read_json, read_regular
 
 SCHEMA = "mxconv-manifest/1"
 OWN_KEYS = frozenset(("schema", "plan_digest", "files", "sha256"))
@@ -157,8 +158,9 @@ def read_manifest(root: Path) -> Manifest:
     """The manifest of the artifact in `root`; IncompleteInput when there is none, else as `parse_manifest`."""
     path = Path(root) / MANIFEST_NAME
     try:
-        value = read_json(path)
-        raw = path.read_bytes()
+        check_inside(Path(os.path.realpath(root)), path)
+        raw = read_regular(path)
+        value = parse_json(raw, path)
     except IncompleteInput:
         raise IncompleteInput("there is no manifest.json, so this is no finished artifact", where=root) from None
     except MalformedInput as error:

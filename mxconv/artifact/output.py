@@ -6,26 +6,30 @@
 | an unfinished run   | 5             | goes on; 5 when it is of another plan   | built beside, exchanged at the end   |
 | a finished artifact | 5             | is checked; 5 when it is of another plan| built beside, exchanged at the end   |
 | anything else       | 5             | 5                                       | built beside; the old folder is kept |
+| a run at work       | 5             | 5                                       | 5                                    |
 
-`--overwrite --resume` goes on with a build beside it that was interrupted.
+`--overwrite --resume` goes on with a build beside it that was interrupted. A folder in which one file is not mxconv's own is kept
+as well (`artifact.disposal`); one of another run is not resumed into (`ArtifactWriter`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from mxconv.artifact.disposal import dispose
 from mxconv.artifact.failpoints import reach
-from mxconv.artifact.journal import busy, journal_plan
-from mxconv.artifact.manifest import Manifest, read_manifest
-from mxconv.artifact.names import JOURNAL_NAME, MANIFEST_NAME, PART_SUFFIX, PLAN_CHARS, RUN_LOG_NAME, beside_path
+from mxconv.artifact.journal import busy, held, read_remains
+from mxconv.artifact.leftovers import leftovers, other_builds
+from mxconv.artifact.manifest import SCHEMA, Manifest, read_manifest
+from mxconv.artifact.names import ASIDE_SUFFIX, JOURNAL_NAME, MANIFEST_NAME, RUN_LOG_NAME, beside_path
 from mxconv.artifact.system import exchange, sync_directory, try_lock, writing
-from mxconv.artifact.tree import walk
 from mxconv.errors import MxconvError, OutputConflict
+from mxconv.jsonfiles import read_regular
 from mxconv.progress import SILENT, Progress
 
 State = Literal["empty", "unfinished", "finished", "other"]
@@ -39,7 +43,7 @@ _TAKEN: Mapping[State, tuple[str, str]] = {
 
 
 def state_of(folder: Path) -> State:
-    """What lies in an output folder; a folder that is absent is empty."""
+    """What lies in an output folder, by what it says of itself; a folder that is absent is empty."""
     try:
         names = set(os.listdir(folder)) - {RUN_LOG_NAME}
     except FileNotFoundError:
@@ -49,22 +53,32 @@ def state_of(folder: Path) -> State:
     if not names:
         return "empty"
     if MANIFEST_NAME in names:
-        return "finished"
+        return "finished" if _is_manifest(folder / MANIFEST_NAME) else "other"
     return "unfinished" if JOURNAL_NAME in names else "other"
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest of any version of mxconv's, damaged or not: many tools have a manifest.json."""
+    try:
+        return f'"{SCHEMA.partition("/")[0]}/'.encode() in read_regular(path)
+    except MxconvError:
+        return False
 
 
 class Output:
     """The output folder of one run, locked; a context manager.
 
-    `work` is where files are written: `root` itself, or the folder beside it that will replace it. `finished` is the manifest
-    when the artifact of this very plan is there already: it is to be checked, and nothing is to be written.
+    `work` is where files are written: `root` itself, or the folder beside it that will replace it. Both are locked to the end.
+    `finished` is the manifest when the artifact of this very plan is there already: it is to be checked, and nothing is to be
+    written.
     """
 
     def __init__(self, root: Path, work: Path, plan_digest: str, progress: Progress) -> None:
         self.root, self.work, self.plan_digest = root, work, plan_digest
         self.finished: Manifest | None = None
         self._progress = progress
-        self._fd = -1
+        self._locks: dict[Path, int] = {}
+        self._made = False
 
     def __enter__(self) -> Self:
         return self
@@ -73,26 +87,45 @@ class Output:
         self.close()
 
     def close(self) -> None:
-        """Unlock."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Unlock; a folder that was made for this run and got no file, since the run was refused, goes again."""
+        if self._made:
+            with contextlib.suppress(OSError):
+                self.work.rmdir()
+        for path in list(self._locks):
+            self.release(path)
 
     def lock(self) -> None:
-        """Create and lock the folder that is written to; OutputConflict when another run holds it."""
+        """Lock the folder that is to be replaced and the one that is written to; OutputConflict when another run holds one."""
+        if self.work != self.root:
+            self.hold(self.root)
+        self.make()
+
+    def make(self) -> None:
+        """Create and lock the folder that is written to."""
         with writing(self.work):
             if not self.work.exists():
                 self.work.mkdir(parents=True, exist_ok=True)
+                self._made = True
                 sync_directory(self.work.parent)
-            self._fd = os.open(self.work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        held = try_lock(self._fd)
-        if held is None:
-            self._progress.note(f"{self.work}: this filesystem cannot lock folders; only the journal is locked")
-        if held is False or os.fstat(self._fd).st_ino != _inode(self.work):
-            raise busy(self.work)
+        self.hold(self.work)
+
+    def hold(self, path: Path) -> None:
+        """Lock a folder. Raises OutputConflict when another run holds it."""
+        with writing(path):
+            fd = self._locks[path] = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        taken = try_lock(fd)
+        if taken is None:
+            self._progress.note(f"{path}: this filesystem cannot lock folders; only the journal is locked")
+            taken = not held(path)
+        if not taken or os.fstat(fd).st_ino != _inode(path):
+            raise busy(path)
+
+    def release(self, path: Path) -> None:
+        """Unlock a folder."""
+        os.close(self._locks.pop(path))
 
     def replace_old(self) -> None:
-        """Exchange the finished build with the folder that it replaces, and remove that one if mxconv made it."""
+        """Exchange the finished build with the folder that it replaces, and remove that one if mxconv made all of it."""
         if self.work == self.root:
             return
         with writing(self.root):
@@ -100,7 +133,7 @@ class Output:
                 _rename_twice(self.work, self.root)
             sync_directory(self.root.parent)
         reach("exchanged")
-        _dispose(self.work, self.root, self._progress)
+        dispose(self.work, self.root, self._progress)
         reach("old-removed")
 
 
@@ -113,46 +146,12 @@ def _inode(path: Path) -> int:
 
 def _rename_twice(new: Path, root: Path) -> None:
     # for filesystems without an atomic exchange; a crash in between leaves no root, and the next run finds the build beside it
-    aside = new.with_suffix(".old")
+    aside = new.with_suffix(ASIDE_SUFFIX)
     os.rename(root, aside)
+    reach("old-aside")
     os.rename(new, root)
+    reach("new-in-place")
     os.rename(aside, new)
-
-
-def leftovers(folder: Path, plan_digest: str) -> list[str]:
-    """What a run that was killed after its manifest may leave in a finished artifact: parts of its plan, and last its journal."""
-    suffix = f".{plan_digest[:PLAN_CHARS]}{PART_SUFFIX}"
-    found = [path for path in walk(folder) if path.endswith(suffix)]
-    return found + ([JOURNAL_NAME] if os.path.lexists(folder / JOURNAL_NAME) else [])
-
-
-def _free_name(root: Path) -> Path:
-    candidates = (root.with_name(f"{root.name}.replaced{f'-{n}' if n else ''}") for n in range(1_000_000))
-    return next(path for path in candidates if not path.exists())
-
-
-def _remove_tree(path: Path) -> None:
-    """Remove a folder, what tells that mxconv made it last, so that a crash in between leaves it recognisable."""
-    names = sorted(os.listdir(path), key=lambda name: name in (MANIFEST_NAME, JOURNAL_NAME))
-    for name in names:
-        child = path / name
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
-    path.rmdir()
-
-
-def _dispose(old: Path, root: Path, progress: Progress) -> None:
-    """Remove the folder `old` that `root` replaced; what mxconv did not make is given a visible name instead."""
-    with writing(old):
-        if state_of(old) == "other":
-            kept = _free_name(root)
-            os.rename(old, kept)
-            progress.note(f"{kept}: what was there before; mxconv did not make it and so did not remove it")
-        else:
-            _remove_tree(old)
-        sync_directory(root.parent)
 
 
 def open_output(
@@ -169,6 +168,8 @@ def open_output(
             raise OutputConflict("the output path is a file", where=root, hint="choose a folder")
         beside = beside_path(root, plan_digest)
         _recover_rename(root, beside)
+        for build in other_builds(root, plan_digest):
+            progress.note(f"{build}: left by an interrupted --overwrite with other settings; remove it unless that is to go on")
         state = state_of(root)
         in_place = state == "empty" or not overwrite or (resume and _plan_of(root, state) == plan_digest)
         if in_place:
@@ -188,20 +189,27 @@ def open_output(
 
 def _recover_rename(root: Path, beside: Path) -> None:
     """After a crash inside `_rename_twice`: the new artifact gets its name, what it replaced is put where it is disposed of."""
-    aside = beside.with_suffix(".old")
+    aside = beside.with_suffix(ASIDE_SUFFIX)
     if not aside.exists():
         return
     with writing(root):
-        if not root.exists():
-            os.rename(beside if state_of(beside) == "finished" else aside, root)
-        if aside.exists() and not beside.exists():
-            os.rename(aside, beside)
+        fd = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if try_lock(fd) is False:  # its run is no victim of a crash but amid the exchange
+                raise busy(root)
+            if not root.exists():
+                os.rename(beside if state_of(beside) == "finished" else aside, root)
+            if aside.exists() and not beside.exists():
+                os.rename(aside, beside)
+        finally:
+            os.close(fd)
 
 
 def _plan_of(folder: Path, state: State) -> str | None:
     """The plan that a folder's manifest or journal names, None when it names none that can be read."""
     if state != "finished":
-        return journal_plan(folder)
+        remains = read_remains(folder)
+        return None if remains is None else remains.plan
     try:
         return read_manifest(folder).plan_digest
     except MxconvError:
@@ -227,11 +235,10 @@ def _prepare_root(output: Output, resume: bool, progress: Progress) -> None:
             got=f"plan {manifest.plan_digest}", hint="choose another folder, or --overwrite",
         )  # fmt: skip
     _finish(output, manifest)
-    beside = Output(output.root, beside_path(output.root, output.plan_digest), output.plan_digest, progress)
-    if beside.work.exists():  # left by a run that was killed between exchange and removal, unless one is at work there
-        with beside:
-            beside.lock()
-            _dispose(beside.work, output.root, progress)
+    beside = beside_path(output.root, output.plan_digest)
+    if beside.exists():  # left by a run that was killed between exchange and removal, unless one is at work there
+        output.hold(beside)
+        dispose(beside, output.root, progress)
 
 
 def _prepare_beside(output: Output, resume: bool, progress: Progress) -> None:
@@ -240,14 +247,14 @@ def _prepare_beside(output: Output, resume: bool, progress: Progress) -> None:
         _finish(output, read_manifest(output.work))
         output.replace_old()
     elif state != "empty" and not (resume and state == "unfinished"):
-        _dispose(output.work, output.root, progress)
-        output.close()
-        output.lock()
+        dispose(output.work, output.root, progress)
+        output.release(output.work)
+        output.make()
 
 
 def _finish(output: Output, manifest: Manifest) -> None:
     """The artifact is complete; a run that was killed right after its manifest left a part and its journal."""
     with writing(output.work):
-        for path in leftovers(output.work, output.plan_digest):
+        for path in leftovers(output.work, manifest):
             (output.work / path).unlink(missing_ok=True)
     output.finished = manifest

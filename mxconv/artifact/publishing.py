@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import socket
-import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,11 +15,11 @@ from mxconv.artifact.failpoints import reach
 from mxconv.artifact.manifest import FileFact, Manifest, TensorFact, build_manifest, read_manifest
 from mxconv.artifact.names import MANIFEST_NAME, RUN_LOG_NAME, part_path
 from mxconv.artifact.parts import FileHash, link
+from mxconv.artifact.small import SmallFile
 from mxconv.artifact.system import sync_directory, writing
 from mxconv.artifact.writer import ArtifactWriter
-from mxconv.checkpoint.files import OPEN_FLAGS, check_inside
 from mxconv.checkpoint.folder import path_problem
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, reading_failed
+from mxconv.errors import MxconvError
 from mxconv.placement import PlacedFile
 
 CONFIG_NAME = "config.json"
@@ -30,7 +29,7 @@ def publish(
     writer: ArtifactWriter,
     *,
     indexes: Mapping[str, bytes],
-    sidecars: Mapping[str, bytes | Path],
+    sidecars: Mapping[str, bytes | SmallFile],
     config: bytes,
     manifest: Mapping[str, Any],
     check: Callable[[], None] = lambda: None,
@@ -40,17 +39,19 @@ def publish(
     `indexes` and `sidecars` map paths below the artifact to bytes, or to source files that are copied; `config` is config.json;
     `manifest` holds the planner's keys (see `artifact.manifest`); `check` is called while shards are waited for and may raise to
     end the run. Under `--overwrite` the finished folder then takes the place of
-    the old one. Raises ResourceError when the disk gives out; the run can be resumed at any point.
+    the old one. Raises ResourceError when the disk gives out, IntegrityError when a source file changed since it was looked at,
+    OutputConflict when something foreign lies in the folder; the run can be resumed at any point.
     """
     work, plan = writer.output.work, writer.output.plan_digest
     facts = {file.path: _shard_fact(file, hashes) for file, hashes in zip(writer.files, writer.finish(check).values(), strict=True)}
     for step, small in (("small", indexes), ("small", sidecars), ("config", {CONFIG_NAME: config})):
         for path, content in small.items():
-            data = content if isinstance(content, bytes) else read_sidecar(content)
-            if path in facts or path in (MANIFEST_NAME, RUN_LOG_NAME) or path_problem(path):
+            data = content if isinstance(content, bytes) else content.read()
+            if path in facts or path not in writer.others or path in (MANIFEST_NAME, RUN_LOG_NAME) or path_problem(path):
                 raise MxconvError("a file of the artifact has an impossible path", where=path)
             put(work, path, data, plan, step)
             facts[path] = FileFact(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors={})
+    writer.refuse_strays()  # something may have come while the run was at work
     put(work, MANIFEST_NAME, build_manifest(plan_digest=plan, files=facts, extra=manifest), plan, "manifest")
     writer.end()
     writer.output.replace_old()
@@ -60,27 +61,6 @@ def publish(
 def _shard_fact(file: PlacedFile, hashes: FileHash) -> FileFact:
     tensors = {t.name: TensorFact(dtype=t.dtype, shape=t.shape, sha256=hashes.tensors[t.name]) for t in file.tensors}
     return FileFact(path=file.path, size_bytes=hashes.size_bytes, sha256=hashes.sha256, tensors=tensors)
-
-
-def read_sidecar(path: Path) -> bytes:
-    """The bytes of a file beside a source checkpoint; it must be a regular file that no link leads out of its folder.
-
-    Raises IncompleteInput when it is gone, MalformedInput when it is something else.
-    """
-    try:
-        fd = os.open(path, OPEN_FLAGS)
-    except FileNotFoundError:
-        raise IncompleteInput("file is missing", where=path) from None
-    except OSError as error:
-        raise reading_failed(error, path) from None
-    try:
-        check_inside(Path(os.path.realpath(path.parent)), path)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise MalformedInput("not a regular file", where=path)
-        with open(fd, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(fd)
 
 
 def put(work: Path, path: str, data: bytes, plan_digest: str, step: str) -> None:

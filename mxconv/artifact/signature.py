@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mxconv.artifact.names import MANIFEST_NAME
-from mxconv.errors import IncompleteInput, IntegrityError, UsageError
+from mxconv.errors import IncompleteInput, IntegrityError, MxconvError, UsageError
 from mxconv.jsonfiles import read_regular
 
 MAX_SIGNATURE_BYTES = 16 << 20
@@ -86,15 +86,18 @@ def _name(trust: Trust) -> str:
     return str(trust.identity if trust.public_key is None else trust.public_key)
 
 
-def require_manifest(found: str | None, expected: str, root: Path) -> None:
-    """Raise IncompleteInput (4) without a manifest and IntegrityError (8) when it is not the one whose SHA-256 is expected.
-
-    `expected`: 64 hexadecimal digits, or the first 16 or more of them, as the runs print them.
-    """
-    digits = expected.lower()
+def parse_digest(text: str) -> str:
+    """64 lower-case hexadecimal digits, or the first 16 or more of them, as the runs print them; else UsageError (2)."""
+    digits = text.lower()
     if not 16 <= len(digits) <= 64 or not set(digits) <= set("0123456789abcdef"):
-        raise UsageError("not a digest of a manifest", expected="16 to 64 hexadecimal digits", got=expected)
+        raise UsageError("not a digest of a manifest", expected="16 to 64 hexadecimal digits", got=text)
+    return digits
+
+
+def manifest_problems(found: str | None, expected: str, root: Path) -> list[MxconvError]:
+    """What is wrong with a manifest's SHA-256: IncompleteInput (4) without one, IntegrityError (8) if not the one expected."""
     if found is None:
-        raise IncompleteInput(f"there is no {MANIFEST_NAME} to compare", where=root, expected=expected)
-    if not found.startswith(digits):
-        raise IntegrityError("this is another artifact than the one expected", where=root, expected=expected, got=found)
+        return [IncompleteInput(f"there is no {MANIFEST_NAME} to compare", where=root, expected=expected)]
+    if not found.startswith(expected):
+        return [IntegrityError("this is another artifact than the one expected", where=root, expected=expected, got=found)]
+    return []

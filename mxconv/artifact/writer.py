@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from itertools import combinations
 from types import MappingProxyType, TracebackType
@@ -21,17 +21,20 @@ import numpy as np
 
 from mxconv.artifact.failpoints import reach
 from mxconv.artifact.journal import Journal
+from mxconv.artifact.names import own_paths
 from mxconv.artifact.output import Output
 from mxconv.artifact.parts import FileHash, Parts, Region
 from mxconv.artifact.proof import Proof, prove
 from mxconv.artifact.system import sync_directory, writing
-from mxconv.errors import IntegrityError, MxconvError
+from mxconv.artifact.tree import strays
+from mxconv.errors import IntegrityError, MxconvError, OutputConflict, raise_all
 from mxconv.placement import PlacedFile
 from mxconv.progress import SILENT, Progress
 from mxconv.tensors import intersect
 
 FINISHERS = 2
 CHECK_SECONDS = 0.2
+MAX_LISTED = 20
 
 
 class ArtifactWriter:
@@ -43,17 +46,21 @@ class ArtifactWriter:
         *,
         files: Sequence[PlacedFile],
         units: Mapping[str, Sequence[Region]],
+        others: Collection[str] = (),
         source: Mapping[str, Any] | None = None,
         progress: Progress = SILENT,
     ) -> None:
         """`units` names every unit and its regions; together the regions cover every tensor of `files` exactly once.
 
+        `others` are the paths of all other files of the artifact but its manifest: nothing else may lie in the folder.
         `source` tells one state of the source from another (`Shards.fingerprint`): a run is resumed on the state it began with.
-        Raises OutputConflict (another plan or another writer in the folder), IntegrityError (the source changed since the run
-        began) and ResourceError (disk full).
+        Raises OutputConflict (another plan, another writer or a foreign file in the folder), IntegrityError (the source changed
+        since the run began) and ResourceError (disk full).
         """
         self.output = output
         self.files = tuple(files)
+        self.others = frozenset(others)
+        self._paths = [*(file.path for file in files), *sorted(self.others)]
         self._units = units
         self._progress = progress
         self._lock = threading.Lock()
@@ -65,6 +72,8 @@ class ArtifactWriter:
         self._journal = Journal(output.work, output.plan_digest)
         self._pool = ThreadPoolExecutor(FINISHERS, thread_name_prefix="mxconv-finish")
         try:
+            self.refuse_strays()
+            self._record_paths()
             self._compare_source(source)
             proof = prove(self._journal.records, self.parts, self.files, units, progress)
             self._start(proof)
@@ -146,6 +155,24 @@ class ArtifactWriter:
         """The artifact is published: the journal goes."""
         self._journal.remove()
         reach("journal-removed")
+
+    def refuse_strays(self) -> None:
+        """Raise OutputConflict for whatever lies in the folder and is of no run of this plan: `check` would refuse it later."""
+        found = strays(self.output.work, own_paths(self._paths, self.output.plan_digest))
+        raise_all(
+            OutputConflict(
+                "something that is not of this run lies in the output folder", where=self.output.work / path,
+                hint="move it elsewhere, then run the same command again with --resume",
+            )
+            for path in found[:MAX_LISTED]
+        )  # fmt: skip
+
+    def _record_paths(self) -> None:
+        """Put on record, before any of it is there, what the run will write: so it is known for mxconv's if the run dies."""
+        known = {path for record in self._journal.records if record.get("kind") == "files" for path in record["paths"]}
+        if not known.issuperset(self._paths):
+            self._journal.append({"kind": "files", "paths": self._paths})
+            self._journal.sync()
 
     def _compare_source(self, source: Mapping[str, Any] | None) -> None:
         if source is None:

@@ -15,6 +15,7 @@ from mxconv.calibrate.tokens import load_tokens, tokens_digest
 from mxconv.errors import MalformedInput, MxconvError, NumericError, UsageError
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.execute.run import RunOptions, RunResult, StatisticsMaker, run_plan
+from mxconv.execute.sidecars import Beside, look_beside
 from mxconv.execute.stopping import Stop
 from mxconv.plan import Plan, Request, build_plan
 from mxconv.progress import SILENT, Progress
@@ -24,9 +25,10 @@ from mxconv.tensors import whole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A source, its plan, and how its activation scales are to be had: everything that is known before a run."""
+    """A source, what lies beside its weights, its plan, and how its activation scales are to be had: all that precedes a run."""
 
     source: Source
+    beside: Beside
     plan: Plan
     statistics: StatisticsMaker | None
 
@@ -99,19 +101,21 @@ def prepare(
     for calibration that the scheme does not take, MalformedInput for statistics of another checkpoint.
     """
     source = open_source(source_path, drop=request.drop)
+    beside = look_beside(source)
+    source = replace(source, problems=(*source.problems, *beside.problems))  # all of a plan's problems are told together
     static = request.scheme is not None and request.scheme.static
     if not static and (calibration is not None or statistics is not None):
         raise UsageError("only static schemes take calibration", got=request.scheme.name if request.scheme else "convert")
     if not static:
-        return Prepared(source=source, plan=build_plan(source, request), statistics=None)
+        return Prepared(source=source, beside=beside, plan=build_plan(source, request), statistics=None)
     if statistics is not None:
         found, ids = _read_given(statistics, source)
         plan = build_plan(source, replace(request, calibration=f"statistics {found.digest}"))
-        return Prepared(source=source, plan=plan, statistics=_Given(found, ids))
+        return Prepared(source=source, beside=beside, plan=plan, statistics=_Given(found, ids))
     build_plan(source, request)  # problems of the source come before those of the calibration
     ids = load_tokens(source.root, calibration, source.config.vocab_size)
     plan = build_plan(source, replace(request, calibration=f"tokens {tokens_digest(ids)}"))
-    return Prepared(source=source, plan=plan, statistics=_Measured(source, ids, device, request.keep_decay))
+    return Prepared(source=source, beside=beside, plan=plan, statistics=_Measured(source, ids, device, request.keep_decay))
 
 
 def _read_given(path: Path, source: Source) -> tuple[Statistics, np.ndarray]:
@@ -145,7 +149,9 @@ def execute(prepared: Prepared, output: Path, options: RunOptions, progress: Pro
         raise UsageError("the source lies inside the output folder", where=output, hint="choose another folder")
     if prepared.plan.request.scheme is not None and prepared.plan.request.scheme.static and prepared.statistics is None:
         raise MxconvError("a static scheme was prepared without statistics")
-    return run_plan(prepared.plan, prepared.source, output, options, statistics=prepared.statistics, progress=progress)
+    return run_plan(
+        prepared.plan, prepared.source, prepared.beside, output, options, statistics=prepared.statistics, progress=progress
+    )
 
 
 def convert(

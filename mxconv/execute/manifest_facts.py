@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mxconv.calibrate import Statistics
+from mxconv.execute.sidecars import Beside
 from mxconv.plan.values import Plan
 from mxconv.quantize.schemes import Scheme
 from mxconv.source import Source
@@ -46,7 +47,7 @@ def conventions(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def source_record(source: Source) -> Mapping[str, Any]:
+def source_record(source: Source, beside: Beside) -> Mapping[str, Any]:
     """Config, dtypes, weight map and index of the checkpoint that an artifact goes back to, bit for bit."""
     if source.manifest is not None:
         record: Mapping[str, Any] = source.manifest.body["source"]
@@ -58,7 +59,7 @@ def source_record(source: Source) -> Mapping[str, Any]:
     return {
         "dialect": source.table.name,
         "config": dict(source.config.raw),
-        "config_text": (source.root / "config.json").read_text(encoding="utf-8"),
+        "config_text": beside.config_text,
         "dtypes": {name: shards.tensors[name].dtype for name in names},
         "weight_map": {name: files[name] for name in names},
         "index_metadata": dict(shards.index_metadata),
@@ -66,7 +67,9 @@ def source_record(source: Source) -> Mapping[str, Any]:
     }
 
 
-def manifest_facts(plan: Plan, source: Source, statistics: Statistics | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_facts(
+    plan: Plan, source: Source, beside: Beside, statistics: Statistics | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The keys of manifest.json that are not about files. No time, no host, no path: the same plan gives the same bytes."""
     request = plan.request
     return {
@@ -86,7 +89,7 @@ def manifest_facts(plan: Plan, source: Source, statistics: Statistics | None, fa
         "dropped": dict(plan.dropped),
         "statistics": None if statistics is None else _statistics(statistics),
         "warnings": dict(facts),
-        "source": dict(source_record(source)),
+        "source": dict(source_record(source, beside)),
     }
 
 

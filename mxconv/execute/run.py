@@ -25,7 +25,7 @@ from mxconv.execute.copying import run_copy
 from mxconv.execute.job import Done, Job
 from mxconv.execute.manifest_facts import manifest_facts
 from mxconv.execute.reading import Findings, SourceReader
-from mxconv.execute.sidecars import config_bytes, index_files, sidecars
+from mxconv.execute.sidecars import Beside, config_bytes, index_files, other_paths, sidecars
 from mxconv.execute.stopping import Stop, Watched, catching_signals
 from mxconv.plan.values import Op, Plan, Unit
 from mxconv.progress import SILENT, Progress
@@ -103,6 +103,7 @@ def require_disk(plan: Plan, root: Path) -> None:
 def run_plan(
     plan: Plan,
     source: Source,
+    beside: Beside,
     root: Path,
     options: RunOptions,
     *,
@@ -130,13 +131,15 @@ def run_plan(
             return _result(output.root, output.finished, plan, len(plan.units), True, began, workers, ())
         require_disk(plan, output.work)
         regions = {unit.id: _regions(plan, unit) for unit in plan.units}
-        with ArtifactWriter(output, files=plan.files, units=regions, source=source.fingerprint(), progress=watched) as writer:
+        state = {**source.fingerprint(), **beside.fingerprint()}
+        others = other_paths(plan, beside, calibrated=statistics is not None)
+        with ArtifactWriter(output, files=plan.files, units=regions, others=others, source=state, progress=watched) as writer:
             before = len(writer.done)
             measured = statistics.get(output.work, plan, stop, progress) if statistics is not None else None
             reader = SourceReader(source, stop.check)
             workers = workers if places is None else places.workers(plan, workers)
             _run_units(Job(plan=plan, reader=reader, statistics=measured, places=places), writer, regions, workers, stop, progress)
-            manifest, notes = _publish(plan, source, writer, measured, stop)
+            manifest, notes = _publish(plan, source, beside, writer, measured, stop)
             progress.finish()  # only now: files are hashed and named in the background until the last one stands
         _log(output, options, workers, began, plan)
         return _result(output.root, manifest, plan, before, False, began, workers, notes)
@@ -246,8 +249,9 @@ def _run_unit(unit: Unit, job: Job, writer: ArtifactWriter, regions: Sequence[Re
 
 
 def _publish(
-    plan: Plan, source: Source, writer: ArtifactWriter, statistics: Statistics | None, stop: Stop
+    plan: Plan, source: Source, beside: Beside, writer: ArtifactWriter, statistics: Statistics | None, stop: Stop
 ) -> tuple[Manifest, tuple[str, ...]]:
+    beside.check_unchanged()
     facts = {unit.id: dict(writer.facts(unit.id)) for unit in plan.units if writer.facts(unit.id)}
     slopes = {str(u.layer): facts[u.id]["slopes"] for u in plan.units if "slopes" in facts.get(u.id, {})}
     subnormal = sum(fact.get("subnormal_scales", 0) for fact in facts.values())
@@ -265,8 +269,8 @@ def _publish(
         listed = ", ".join(f"{layer}.{expert}" for layer, expert in statistics.unseen[:12])
         notes.append(f"{len(statistics.unseen)} experts saw no calibration token and take their layer's largest absmax: {listed}")
     manifest = publish(
-        writer, indexes=index_files(plan), sidecars=sidecars(source, writer.output.work, statistics),
-        config=config_bytes(plan, slopes), manifest=manifest_facts(plan, source, statistics, warnings),
+        writer, indexes=index_files(plan), sidecars=sidecars(beside, writer.output.work, statistics),
+        config=config_bytes(plan, slopes), manifest=manifest_facts(plan, source, beside, statistics, warnings),
         check=stop.check,
     )  # fmt: skip
     return manifest, tuple(notes)

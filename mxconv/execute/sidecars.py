@@ -1,15 +1,28 @@
-"""Everything of an artifact that is no weight: config.json, index files, tokenizer and chat files, calibration files."""
+"""Everything of an artifact that is no weight: config.json, index files, tokenizer and chat files, calibration files.
+
+What of it comes from the source is looked at together with the headers, while a run is planned, and must be the same when it is
+used: at the end of the run, and in a run that resumes it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from mxconv.artifact.names import MANIFEST_NAME
+from mxconv.artifact.small import SmallFile, look_at
 from mxconv.calibrate import FILE_NAME, TOKENS_NAME, Statistics
 from mxconv.checkpoint import INDEX_NAME
+from mxconv.errors import IntegrityError, MxconvError
+from mxconv.jsonfiles import parse_json
 from mxconv.plan.values import Plan
 from mxconv.source import Source
+
+CONFIG_NAME = "config.json"
 
 # Files that travel with the weights when they lie beside the source's config.json.
 SIDECAR_NAMES = (
@@ -19,9 +32,71 @@ SIDECAR_NAMES = (
 )  # fmt: skip
 
 
-def sidecars(source: Source, work: Path, statistics: Statistics | None) -> dict[str, bytes | Path]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """The source's small files: those that are copied, those that the plan was made from, and what is wrong with any."""
+
+    copied: Mapping[str, SmallFile]
+    """Name in the artifact → file."""
+    planned_from: Mapping[str, SmallFile]
+    """config.json, the indexes, and the manifest of an artifact, by their path below the source."""
+    problems: tuple[MxconvError, ...]
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of every file: a run is resumed only on those that it began with."""
+        return {path: file.sha256 for path, file in {**self.planned_from, **self.copied}.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise IntegrityError when a file is not what it was while the run was planned."""
+        for file in (*self.planned_from.values(), *self.copied.values()):
+            file.read()
+
+    @property
+    def config_text(self) -> str:
+        """The text of the source's config.json. Raises IntegrityError when it changed."""
+        return self.planned_from[CONFIG_NAME].read().decode("utf-8")
+
+
+def look_beside(source: Source) -> Beside:
+    """The small files of `source` as they are now; nothing is raised, see `Beside.problems`."""
+    problems: list[MxconvError] = []
+
+    def look(path: Path, told: list[MxconvError]) -> SmallFile | None:
+        try:
+            return look_at(path) if os.path.lexists(path) else None
+        except MxconvError as error:
+            told.append(error)
+            return None
+
+    indexes = [(shards.folder / INDEX_NAME).relative_to(source.root).as_posix() for shards in source.ranks]
+    planned = [*indexes, *([MANIFEST_NAME] if source.manifest is not None else [])]
+    seen = {path: look(source.root / path, []) for path in planned}  # their problems are the source's, told already
+    config = seen[CONFIG_NAME] = look(source.root / CONFIG_NAME, problems)
+    copied = {name: look(source.root / name, problems) for name in SIDECAR_NAMES}
+    try:
+        if config is not None and _text(parse_json(config.read(), config.path)) != _text(dict(source.config.raw)):
+            raise IntegrityError("the source changed while it was opened", where=source.root / CONFIG_NAME)
+    except MxconvError as error:
+        problems.append(error)
+    return Beside(
+        copied=MappingProxyType({name: file for name, file in copied.items() if file is not None}),
+        planned_from=MappingProxyType({path: file for path, file in seen.items() if file is not None}),
+        problems=tuple(problems),
+    )
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def other_paths(plan: Plan, beside: Beside, *, calibrated: bool) -> list[str]:
+    """The paths of an artifact that are no shards, without its manifest."""
+    return [*index_files(plan), *beside.copied, CONFIG_NAME, *((FILE_NAME, TOKENS_NAME) if calibrated else ())]
+
+
+def sidecars(beside: Beside, work: Path, statistics: Statistics | None) -> dict[str, bytes | SmallFile]:
     """Name → source file (copied) or bytes."""
-    found: dict[str, bytes | Path] = {name: source.root / name for name in SIDECAR_NAMES if (source.root / name).is_file()}
+    found: dict[str, bytes | SmallFile] = dict(beside.copied)
     if statistics is not None:
         found[FILE_NAME] = (work / FILE_NAME).read_bytes()
         found[TOKENS_NAME] = (work / TOKENS_NAME).read_bytes()

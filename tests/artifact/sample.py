@@ -77,7 +77,15 @@ def region_bytes(placed: Sequence[PlacedFile], region: Region) -> np.ndarray:
 INDEXES = {f"rank{rank}/model.safetensors.index.json": json.dumps({"rank": rank}).encode() for rank in range(2)}
 SIDECARS = {"tokenizer.json": b'{"model": {}}', "chat_template.jinja": b"{{ messages }}"}
 CONFIG = b'{"model_type": "minimax_m1", "mxconv": {"scheme": null}}'
-EXTRA = {"tool": {"name": "mxconv", "version": "test"}, "numerics": {"words": "none"}}
+OTHERS = (*INDEXES, *SIDECARS, "config.json")
+EXTRA = {
+    "tool": {"name": "mxconv", "version": "test"}, "layout": "fastdeploy", "tp": 2, "scheme": None, "numeric_conventions": None,
+    "plan": {"numerics_digest": "0", "source_digest": "0"}, "ignored_layers": [], "dropped": {}, "statistics": None, "warnings": {},
+    "source": {
+        "dialect": "minimax-m1", "config": {}, "config_text": "{}", "dtypes": {"a": "BF16"}, "index_metadata": {},
+        "weight_map": {"a": "model.safetensors"}, "with_index": False,
+    },
+}  # fmt: skip
 
 
 def run(
@@ -97,7 +105,7 @@ def run(
         if output.finished is not None:
             return output.finished, computed
         placed = files()
-        with ArtifactWriter(output, files=placed, units=units(), source=source) as writer:
+        with ArtifactWriter(output, files=placed, units=units(), others=OTHERS, source=source) as writer:
             todo = [unit for unit in units() if unit not in writer.done]
             if order is not None:
                 order.shuffle(todo)

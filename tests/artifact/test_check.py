@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mxconv.artifact import CheckReport, check_folder, read_manifest
+from mxconv.artifact.journal import Journal
+from mxconv.artifact.manifest import render
+from mxconv.artifact.names import part_path
 from mxconv.artifact.tree import walk
 from mxconv.errors import IncompleteInput, IntegrityError, MxconvError
 from mxconv.progress import Progress
@@ -114,6 +121,37 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "out of the checkpoint folder",
     ),
+    "an extra empty folder": (lambda root: (root / "rank2").mkdir(), "rank2: folder is not in the manifest"),
+    "extra empty folders in one another": (lambda root: (root / "rank0" / "a" / "b").mkdir(parents=True), "rank0/a: folder"),
+    "a shard under the name of a part": (
+        lambda root: shutil.copy(root / sample.files()[0].path, root / "rank0" / f"evil.{sample.PLAN[:16]}.part"),
+        "evil",
+    ),
+    "a part of a shard": (
+        lambda root: shutil.copy(root / sample.files()[0].path, part_path(root / sample.files()[0].path, sample.PLAN)),
+        ".part: file",
+    ),
+    "a part of the manifest that is something else": (
+        lambda root: part_path(root / "manifest.json", sample.PLAN).write_bytes(b"payload"),
+        ".manifest.json",
+    ),
+    "something else as the journal": (lambda root: (root / ".mxconv.journal").write_bytes(b"payload"), ".mxconv.journal: file"),
+    "another plan's journal": (lambda root: Journal(root, sample.OTHER_PLAN).close(), ".mxconv.journal: file"),
+    "a journal with more behind it": (
+        lambda root: (Journal(root, sample.PLAN).close(), (root / ".mxconv.journal").open("ab").write(b"payload")),
+        ".mxconv.journal: file",
+    ),
+    "a journal in another folder": (
+        lambda root: (Journal(root, sample.PLAN).close(), shutil.move(root / ".mxconv.journal", root / "rank0")),
+        "rank0/.mxconv.journal: file",
+    ),
+    "a manifest outside": (
+        lambda root: (
+            shutil.move(root / "manifest.json", root.parent / "m.json"),
+            (root / "manifest.json").symlink_to(root.parent / "m.json"),
+        ),
+        "out of the checkpoint folder",
+    ),
     "an extra link": (lambda root: (root / "also.json").symlink_to("config.json"), "also.json"),
 }
 
@@ -163,6 +201,73 @@ def test_an_artifact_behind_the_links_of_a_hub_cache(pristine: Path, tmp_path: P
         shutil.move(snapshot / path, blob)
         (snapshot / path).symlink_to(os.path.relpath(blob, (snapshot / path).parent))
     assert found(snapshot) == ""
+
+
+def reseal(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and make its own digest right again."""
+    body = json.loads((root / "manifest.json").read_text())
+    body.pop("sha256")
+    change(body)
+    body["sha256"] = hashlib.sha256(render(body)).hexdigest()
+    (root / "manifest.json").write_bytes(render(body))
+
+
+def without_files(root: Path) -> None:
+    reseal(root, lambda body: body["files"].clear())
+    for path in set(walk(root)) - {"manifest.json"}:
+        (root / path).unlink()
+    for folder in ("rank0", "rank1"):
+        (root / folder).rmdir()
+
+
+def one_rank_less(root: Path) -> None:
+    shutil.rmtree(root / "rank1")
+    reseal(root, lambda body: [body["files"].pop(path) for path in list(body["files"]) if path.startswith("rank1")])
+
+
+SEALED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no file": (without_files, "lists no config.json or no tensor"),
+    "a rank less": (one_rank_less, "not those of tp ranks"),
+    "no source": (lambda root: reseal(root, lambda body: body.pop("source")), "source is missing"),
+    "a hostile weight map": (
+        lambda root: reseal(root, lambda body: body["source"].update(weight_map={"a": "../x.safetensors"})),
+        "source is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEALED)
+def test_a_sealed_manifest_must_be_one_that_a_run_writes(case: str, pristine: Path, tmp_path: Path) -> None:
+    change, words = SEALED[case]
+    root = shutil.copytree(pristine, tmp_path / "out")
+    change(root)
+    problems = check_folder(root).problems
+    assert len(problems) == 1 and problems[0].exit_code == 3 and words in problems[0].render()
+
+
+class Breaking(Progress):
+    """Ends the check from a worker (as a run does) or from outside (as Ctrl-C does), some time into a large file."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.done = where, 0
+
+    def advance(self, amount_bytes: int, item: str = "") -> None:
+        self.done += amount_bytes
+        if self.done > 64 << 20:
+            if self.where == "worker":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT) if self.done < 80 << 20 else None
+
+
+@pytest.mark.parametrize("where", ["worker", "outside"])
+def test_an_interrupted_check_ends_amid_a_file(where: str, pristine: Path, tmp_path: Path) -> None:
+    root, size = shutil.copytree(pristine, tmp_path / "out"), 4 << 30
+    os.truncate(root / "tokenizer.json", size)
+    reseal(root, lambda body: body["files"]["tokenizer.json"].update(size_bytes=size))
+    breaking = Breaking(where)
+    with pytest.raises(KeyboardInterrupt):
+        check_folder(root, workers=2, progress=breaking)
+    assert breaking.done < size / 4  # each worker stops at its next chunk, not at the end of its file
 
 
 def test_an_unfinished_run_is_no_artifact(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxconv.artifact.journal import Journal, decode_line, encode_line, journal_plan, read_records
+from mxconv.artifact.journal import Journal, decode_line, encode_line, read_records, read_remains
 from mxconv.artifact.names import JOURNAL_NAME
 from mxconv.errors import OutputConflict
 from tests.artifact.sample import OTHER_PLAN, PLAN
@@ -74,9 +74,10 @@ def test_append_after_a_cut_starts_on_a_line_of_its_own(tmp_path: Path) -> None:
 
 
 def test_one_holder_one_plan(tmp_path: Path) -> None:
-    assert journal_plan(tmp_path) is None
+    assert read_remains(tmp_path) is None
     journal = Journal(tmp_path, PLAN)
-    assert journal_plan(tmp_path) == PLAN
+    remains = read_remains(tmp_path)
+    assert remains is not None and remains.plan == PLAN and remains.whole and not remains.files
     with pytest.raises(OutputConflict, match="another run"):
         Journal(tmp_path, PLAN)
     journal.close()

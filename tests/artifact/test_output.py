@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mxconv.artifact import ArtifactWriter, open_output, output, require_artifact, system, tree_digest
+from mxconv.artifact import ArtifactWriter, check_folder, disposal, open_output, output, require_artifact, system, tree_digest
 from mxconv.errors import OutputConflict
+from mxconv.progress import Progress
 from tests.artifact import sample
 
 
@@ -140,11 +143,178 @@ def test_without_folder_locks_the_journal_keeps_a_second_writer_out(tmp_path: Pa
     root = tmp_path / "out"
     with (
         open_output(root, plan_digest=sample.PLAN) as first,
+        open_output(root, plan_digest=sample.PLAN) as early,
         ArtifactWriter(first, files=sample.files(), units=sample.units()),
-        open_output(root, plan_digest=sample.PLAN, resume=True) as second,
-        pytest.raises(OutputConflict, match="another run"),
     ):
-        ArtifactWriter(second, files=sample.files(), units=sample.units())
+        with pytest.raises(OutputConflict, match="another run"):
+            ArtifactWriter(early, files=sample.files(), units=sample.units())
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(OutputConflict, match="another run"):
+                open_output(root, plan_digest=sample.PLAN, **options)
+
+
+def test_a_run_at_work_is_not_overwritten(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+
+    def attack(unit: str) -> None:
+        if unit == "layer.2":
+            for plan in (sample.PLAN, sample.OTHER_PLAN):
+                with pytest.raises(OutputConflict, match="another run"):
+                    sample.run(root, plan=plan, overwrite=True)
+
+    sample.run(root, on_unit=attack)
+    assert require_artifact(root).plan_digest == sample.PLAN and os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_being_replaced_is_not_written_to(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    unfinished(root)
+
+    def attack(unit: str) -> None:
+        if unit == "layer.2":
+            with pytest.raises(OutputConflict, match="another run"):
+                sample.run(root, resume=True)
+            with pytest.raises(OutputConflict, match="another run"):
+                sample.run(root, plan=sample.PLAN, overwrite=True)
+
+    sample.run(root, plan=sample.OTHER_PLAN, overwrite=True, on_unit=attack)
+    assert require_artifact(root).plan_digest == sample.OTHER_PLAN and os.listdir(tmp_path) == ["out"]
+
+
+def journal_of_another(root: Path) -> None:
+    root.mkdir()
+    (root / ".mxconv.journal").write_text("dear diary")
+
+
+def sealed_for_others(root: Path) -> None:
+    """A sealed manifest that does not list what lies beside it."""
+    sample.run(root)
+    for name in ("rank0", "rank1"):
+        shutil.rmtree(root / name)
+    (root / "rank0").mkdir()
+    (root / "rank0" / "results.csv").write_text("1,2")
+
+
+# What the folder was before --overwrite; one thing in each that no run put there.
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "a manifest of another tool": lambda root: (root.mkdir(), (root / "manifest.json").write_text('{"name": "extension"}')),
+    "a manifest that is a folder": lambda root: (root / "manifest.json" / "x").mkdir(parents=True),
+    "an empty journal": lambda root: (root.mkdir(), (root / ".mxconv.journal").touch(), (root / "thesis").write_text("x")),
+    "a journal of another tool": journal_of_another,
+    "a finished artifact and a note": lambda root: (sample.run(root), (root / "rank1" / "note.txt").write_text("x")),
+    "a finished artifact and an empty folder": lambda root: (sample.run(root), (root / "later").mkdir()),
+    "a finished artifact with an edited chat template": (
+        lambda root: (sample.run(root), (root / "chat_template.jinja").write_text("mine"))
+    ),
+    "a finished artifact with a link for a shard": (
+        lambda root: (sample.run(root), (root / "rank0" / "model-00001-of-00002.safetensors").unlink(),
+                      (root / "rank0" / "model-00001-of-00002.safetensors").symlink_to("elsewhere"))
+    ),
+    "a finished artifact and a part of no file": (
+        lambda root: (sample.run(root), (root / "rank0" / f".x.{sample.PLAN[:16]}.part").write_text("x"))
+    ),
+    "an edited manifest": lambda root: (
+        sample.run(root), (root / "manifest.json").write_bytes((root / "manifest.json").read_bytes() + b"\n")
+    ),
+    "a manifest for other files": sealed_for_others,
+    "an unfinished run and a note": lambda root: (unfinished(root), (root / "note.txt").write_text("x")),
+    "an unfinished run and a shard that it has no name for": (
+        lambda root: (unfinished(root), (root / "rank1" / "model-00003-of-00002.safetensors").write_text("x"))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_overwrite_removes_nothing_that_mxconv_did_not_make(case: str, tmp_path: Path) -> None:
+    root, kept = tmp_path / "out", tmp_path / "out.replaced"
+    FOREIGN[case](root)
+    before = tree_digest(root)
+    folders = sorted(path.relative_to(root) for path in root.rglob("*"))
+    sample.run(root, plan=sample.OTHER_PLAN, overwrite=True)
+    assert require_artifact(root).plan_digest == sample.OTHER_PLAN
+    assert tree_digest(kept) == before and sorted(path.relative_to(kept) for path in kept.rglob("*")) == folders
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.replaced"]
+
+
+def test_what_came_while_the_old_folder_is_removed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "out"
+    sample.run(root, plan=sample.OTHER_PLAN)
+    own_files = disposal._own_files
+
+    def late(folder: Path) -> list[str] | None:
+        found = own_files(folder)
+        (folder / "rank0" / "late").write_text("x")
+        return found
+
+    monkeypatch.setattr(disposal, "_own_files", late)
+    sample.run(root, overwrite=True)
+    assert [path.name for path in (tmp_path / "out.replaced").rglob("*") if path.is_file()] == ["late"]
+
+
+@pytest.mark.parametrize("damage", ["cut shard", "lost shard", "lost tokenizer"])
+def test_a_damaged_artifact_is_still_mxconvs(damage: str, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    sample.run(root)
+    shard = root / sample.files()[0].path
+    {"cut shard": lambda: os.truncate(shard, 99), "lost shard": shard.unlink, "lost tokenizer": (root / "tokenizer.json").unlink}[
+        damage
+    ]()
+    sample.run(root, overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("stray", ["README.md", "rank0/notes.txt", "rank7/", ".hidden", f"rank0/.evil.{sample.PLAN[:16]}.part"])
+def test_a_run_does_not_go_on_among_foreign_files(stray: str, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    unfinished(root)
+    place = root / stray
+    place.mkdir() if stray.endswith("/") else place.write_text("hi")
+    assert stray.rstrip("/") in refuses(root, resume=True)
+    place.rmdir() if stray.endswith("/") else place.unlink()
+    assert len(sample.run(root, resume=True)[1]) < len(sample.units())
+    assert not check_folder(root).problems
+
+
+def test_what_comes_during_a_run_is_noticed_before_it_is_published(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    with pytest.raises(OutputConflict, match="README"):
+        sample.run(root, on_unit=lambda unit: (root / "README.md").write_text("hi"))
+    assert not (root / "manifest.json").exists()
+    (root / "README.md").unlink()
+    assert sample.run(root, resume=True)[1] == [] and not check_folder(root).problems
+
+
+class Noted(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def test_a_run_that_ends_before_its_first_file_leaves_no_folder(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    with open_output(root, plan_digest=sample.PLAN):
+        assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path) == []
+    sample.run(root)
+    with open_output(root, plan_digest=sample.OTHER_PLAN, overwrite=True) as opened:
+        assert sorted(os.listdir(tmp_path)) == [opened.work.name, "out"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_interrupted_build_is_named_to_later_runs(tmp_path: Path) -> None:
+    root, noted = tmp_path / "out", Noted()
+    sample.run(root, plan=sample.OTHER_PLAN)
+    with pytest.raises(Stop):
+        sample.run(root, overwrite=True, on_unit=stop_at("layer.3"))
+    with open_output(root, plan_digest=sample.OTHER_PLAN, resume=True, progress=noted):
+        pass
+    assert len(noted.notes) == 1 and f".out.{sample.PLAN[:16]}.building" in noted.notes[0]
+    noted.notes.clear()
+    with open_output(root, plan_digest=sample.PLAN, resume=True, overwrite=True, progress=noted):
+        pass
+    assert not noted.notes
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mxconv.artifact import parts, system, tree_digest
-from mxconv.artifact.publishing import read_sidecar
+from mxconv.artifact import parts, small, system, tree_digest
 from mxconv.errors import MalformedInput, MxconvError, ResourceError
 from tests.artifact import sample
 
@@ -112,14 +111,14 @@ def test_sidecars_are_copied_from_regular_files_inside_their_folder_only(tmp_pat
     source = tmp_path / "source"
     source.mkdir()
     (source / "tokenizer.json").write_bytes(b"{}")
-    assert read_sidecar(source / "tokenizer.json") == b"{}"
+    assert small.look_at(source / "tokenizer.json").read() == b"{}"
     (tmp_path / "secret").write_bytes(b"secret")
     (source / "link.json").symlink_to(tmp_path / "secret")
     os.mkfifo(source / "fifo.json")
     (source / "folder.json").mkdir()
     for name in ("link.json", "fifo.json", "folder.json"):
         with pytest.raises(MalformedInput):
-            read_sidecar(source / name)
+            small.look_at(source / name)
     with pytest.raises(MxconvError) as raised:
-        read_sidecar(source / "absent.json")
+        small.look_at(source / "absent.json")
     assert raised.value.exit_code == 4
