@@ -31,7 +31,7 @@ from mxconv.quantize.schemes import DEFAULT_SCHEME, HADAMARD_BLOCKS, SCHEMES
 
 FILE_NAME = "mxconv.toml"
 MAX_FILE_BYTES = 1 << 20
-COMMANDS = ("inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "demo")
+COMMANDS = ("inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "bench", "demo")
 # Switches of other rooms, read by them.
 OTHER_VARIABLES = frozenset(("MXCONV_CONFIG", "MXCONV_FAILPOINT", "MXCONV_KERNELS"))
 
