@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxconv.quantize.kernels.gpu_tiles import absmax_of, hadamard, largest_of, load_run, widened
+from mxconv.quantize.kernels.gpu_tiles import absmax_of, hadamard, largest_along, load_run, widened
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def absmax_kernel(
         values = values + widened(load_run(weights, n, rows, column + t * 8 * L, width, L, MASKED), L)
     values = hadamard(values, LOG2, L, COUNT)
     if WHOLE:
-        found = tl.reduce(absmax_of(values, 0, COUNT), 0, largest_of)
+        found = largest_along(absmax_of(values, 0, COUNT), 0)
         tl.atomic_max(absmax, found.to(tl.int32, bitcast=True), sem="relaxed")
     else:
         for g in tl.static_range(COUNT // EACH):

@@ -13,6 +13,7 @@ from mxconv.quantize.kernels.gpu_tiles import (
     divided,
     hadamard,
     interleaved,
+    largest_along,
     largest_of,
     load_run,
     quotient,
@@ -101,7 +102,7 @@ def fp8_block_kernel(
         values = widened(runs[each], L)
         for v in tl.static_range(8):
             found = largest_of(found, tl.abs(values[v]))
-    absmax = tl.reduce(tl.reduce(found, 1, largest_of), 0, largest_of)
+    absmax = largest_along(largest_along(found, 1), 0)
     scale = tl.div_rn(absmax, tl.full([], 448.0, tl.float32))
     scale = tl.where(scale == 0, 1.0, scale)
     inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)

@@ -157,12 +157,18 @@ def hadamard(values, LOG2: tl.constexpr, L: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def largest_along(x, axis: tl.constexpr):
+    """The largest of magnitudes along an axis, as integers: bits of numbers without a sign order like them, NaN largest."""
+    return tl.max(x.to(tl.int32, bitcast=True), axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def absmax_of(values, FIRST: tl.constexpr, LAST: tl.constexpr):
     """absmax of the tiles FIRST … LAST−1 over each row: [R], NaN where an element is."""
     found = tl.abs(values[FIRST])
     for i in tl.static_range(FIRST + 1, LAST):
         found = largest_of(found, tl.abs(values[i]))
-    return tl.reduce(found, 1, largest_of)
+    return largest_along(found, 1)
 
 
 @triton.jit
