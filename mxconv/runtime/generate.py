@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -52,12 +53,32 @@ def _tokens(
     model: Model, ids: Sequence[int], max_tokens: int, ends: frozenset[int], temperature: float, top_p: float,
     random: torch.Generator, activations: Activations,
 ) -> Iterator[int]:  # fmt: skip
-    logits = _by_slots(model, ids, activations) if model.capturable else _by_cache(model, ids, activations)
-    token: int | None = None
-    for _ in range(max_tokens):
-        token = choose(logits.send(token), temperature, top_p, random)
+    if model.capturable and temperature == 0.0:
+        tokens = _likeliest(model, ids, activations)
+    else:
+        tokens = _chosen(model, ids, activations, lambda logits: choose(logits, temperature, top_p, random))
+    for token in islice(tokens, max_tokens):
         if token in ends:
             return
+        yield token
+
+
+def _likeliest(model: Model, ids: Sequence[int], activations: Activations) -> Iterator[int]:
+    """Greedy tokens on a GPU: they stay there from step to step, and each step runs while the caller has the token before it."""
+    decoder = Decoder(model, room=len(ids) + FIRST_ROOM, activations=activations)
+    decoder.start(0, ids)
+    while True:
+        token = int(decoder.tokens[0])
+        decoder.step()
+        yield token
+
+
+def _chosen(model: Model, ids: Sequence[int], activations: Activations, choice: Callable[[Tensor], int]) -> Iterator[int]:
+    """Tokens that `choice` makes of the logits [V]: over slots on a GPU, where a step is one graph, else over a cache."""
+    logits = _by_slots(model, ids, activations) if model.capturable else _by_cache(model, ids, activations)
+    token: int | None = None
+    while True:
+        token = choice(logits.send(token))
         yield token
 
 
@@ -72,13 +93,12 @@ def _by_cache(model: Model, ids: Sequence[int], activations: Activations) -> Gen
 
 
 def _by_slots(model: Model, ids: Sequence[int], activations: Activations) -> Generator[Tensor, int | None, None]:
-    """The same on a GPU: a step is one graph."""
+    """The same over a slot."""
     decoder = Decoder(model, room=len(ids) + FIRST_ROOM, activations=activations)
-    token = yield decoder.start(0, ids)
+    logits = decoder.start(0, ids)
     while True:
-        if token is not None:
-            decoder.tokens[0] = token
-        token = yield decoder.step()[0]
+        decoder.tokens[0] = (yield logits)
+        logits = decoder.step()[0]
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
