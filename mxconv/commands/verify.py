@@ -42,8 +42,9 @@ Examples:
 @options("tp", "keep_decay", "device", "memory")
 @click.pass_context
 def command(
-    context: click.Context, artifact: Path, source: Path | None, windows: int, window: int, text: Path | None, tokens: Path | None, reference: Path | None,
-    junit: Path | None, hash_files: bool, seed: int, keep_decay: bool | None, processes: int | None, **flags: Any,
+    context: click.Context, /, artifact: Path, source: Path | None, windows: int, window: int, text: Path | None,
+    tokens: Path | None, reference: Path | None, junit: Path | None, hash_files: bool, seed: int, keep_decay: bool | None,
+    processes: int | None, **flags: Any,
 ) -> int:  # fmt: skip
     """Check the structure of ARTIFACT, every weight of every rank, its ranks against each other, and its logits.
 

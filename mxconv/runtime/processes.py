@@ -9,6 +9,7 @@ timeouts are generous; what ends the others within seconds when one fails is wat
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,13 +21,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported, and not said so
 
 from mxconv.errors import EXIT_BUG, EXIT_SIGTERM, Interrupted, MxconvError, ResourceError, UsageError
 from mxconv.membership import Membership
 from mxconv.runtime.parallel import Group, ProcessRanks
-from mxconv.runtime.watch import LOST_SECONDS, SIGNAL_SECONDS, Failure, Speak, Watch, of_this_run, report
+from mxconv.runtime.watch import LOST_SECONDS, Failure, Speak, Watch, known_failure, of_this_run, report
+from mxconv.runtime.world import everywhere
 
-MEET_SECONDS = 60
+MEET_SECONDS, AGENT_SECONDS = 60, 10
+"""Until the store must be there: one that rank 0 opens, and one that a launcher had before it started anybody."""
 GROUP_HOURS = 24
 """The timeout of gloo collectives: rank 0 may hash an artifact, or a peer run a lane of its own, in the meantime."""
 NCCL_MINUTES = 30
@@ -38,7 +42,7 @@ T = TypeVar("T")
 class Processes:
     """See `World`. `data` is the group that moves tensors of the model, None for gloo's own."""
 
-    def __init__(self, place: Membership, store: dist.Store, data: dist.ProcessGroup | None) -> None:
+    def __init__(self, place: Membership, store: Store, data: dist.ProcessGroup | None) -> None:
         self.rank, self.size = place.rank, place.size
         self._store, self._data = store, data
         self._rounds = 0
@@ -49,13 +53,7 @@ class Processes:
         return ProcessRanks(group=self._data, size=ranks, settle=self._settle)
 
     def _settle(self, compute: Callable[[], Tensor]) -> Tensor:
-        value, error = torch.empty(0), None
-        try:
-            value = compute()
-        except MxconvError as caught:
-            error = caught
-        self.agree(error)
-        return value
+        return everywhere(self, compute)
 
     def share_out(self, steps: Sequence[Callable[[], T]]) -> list[T]:
         """See `World.share_out`: a counter in the store hands the steps out."""
@@ -140,19 +138,18 @@ def joined(place: Membership, device: str, speak: Speak, quiet: Callable[[], Non
         quiet()
     watch.start()
     try:
-        yield Processes(place, dist.PrefixStore("world", store), _connect(place, store, device))
+        yield Processes(place, PrefixStore("world", store), _connect(place, store, device))
         dist.barrier()
         _leave(place, store, watch)
     except BaseException as error:
         os._exit(_fail(place, watch, error))  # the interpreter's own way out could wait for peers that are gone
 
 
-def _meet(place: Membership, *, keeper: bool) -> dist.Store:
+def _meet(place: Membership, *, keeper: bool) -> Store:
     """A connection to the store where the processes meet; the `keeper` opens it."""
     try:
-        store = dist.TCPStore(
-            place.address, place.port, is_master=keeper, timeout=timedelta(seconds=MEET_SECONDS), wait_for_workers=False
-        )
+        seconds = timedelta(seconds=AGENT_SECONDS if place.agent_store else MEET_SECONDS)
+        store = TCPStore(place.address, place.port, is_master=keeper, timeout=seconds, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
             f"the processes cannot meet: {str(error).splitlines()[0]}", where=f"{place.address}:{place.port}",
@@ -161,10 +158,10 @@ def _meet(place: Membership, *, keeper: bool) -> dist.Store:
     return of_this_run(store)
 
 
-def _connect(place: Membership, store: dist.Store, device: str) -> dist.ProcessGroup | None:
+def _connect(place: Membership, store: Store, device: str) -> dist.ProcessGroup | None:
     """The default group (gloo), and NCCL's beside it for a GPU."""
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore("gloo", store), rank=place.rank, world_size=place.size, timeout=timedelta(hours=GROUP_HOURS)
+        "gloo", store=PrefixStore("gloo", store), rank=place.rank, world_size=place.size, timeout=timedelta(hours=GROUP_HOURS)
     )
     if not device.startswith("cuda"):
         return None
@@ -174,7 +171,7 @@ def _connect(place: Membership, store: dist.Store, device: str) -> dist.ProcessG
     return dist.new_group(backend="nccl", timeout=timedelta(minutes=NCCL_MINUTES))
 
 
-def _leave(place: Membership, store: dist.Store, watch: Watch) -> None:
+def _leave(place: Membership, store: Store, watch: Watch) -> None:
     watch.stop()
     dist.destroy_process_group()
     deadline = time.monotonic() + DONE_SECONDS
@@ -191,10 +188,13 @@ def _fail(place: Membership, watch: Watch, error: BaseException) -> int:
     A connection that broke, or a launcher's SIGTERM, is most often the end of another process: its own words, or the watch's look
     at it, come first, and the watch ends this process meanwhile.
     """
-    if _broken_connection(error):
+    for number in (signal.SIGTERM, signal.SIGINT):  # this process is on its way out; what else is sent must not cut that short
+        signal.signal(number, signal.SIG_IGN)
+    terminated = isinstance(error, Interrupted) and error.exit_code == EXIT_SIGTERM
+    if terminated:
+        watch.look_at_peers(time.monotonic())
+    if _broken_connection(error) or (terminated and known_failure(watch.store)):
         time.sleep(LOST_SECONDS + DONE_SECONDS)
-    elif isinstance(error, Interrupted) and error.exit_code == EXIT_SIGTERM:
-        time.sleep(SIGNAL_SECONDS)
     watch.ending = True
     code, own = _as_error(error)
     trace = "" if code != EXIT_BUG else "".join(traceback.format_exception(error))

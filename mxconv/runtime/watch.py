@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported, and not said so
 
 from mxconv.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, MxconvError, ResourceError
 from mxconv.membership import Membership
@@ -68,26 +69,26 @@ class Failure:
         return self.error.exit_code
 
 
-def open_store() -> tuple[dist.Store, int]:
+def open_store() -> tuple[Store, int]:
     """A launcher's store on this machine, and the port where its processes find it."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     own = of_this_run(store)
     own.set("launcher", "1")
     return own, store.port
 
 
-def of_this_run(store: dist.Store) -> dist.Store:
+def of_this_run(store: Store) -> Store:
     """The part of `store` that is for these processes; torchrun starts again in the same store after a failure."""
-    return dist.PrefixStore(f"mxconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"mxconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def report(store: dist.Store, failure: Failure) -> None:
+def report(store: Store, failure: Failure) -> None:
     """Make `failure` known, unless there is one already."""
     if store.add("failures", 1) == 1:
-        store.set("failed", pickle.dumps(failure))  # type: ignore[arg-type]  # bytes are taken, the stub says str
+        store.set("failed", pickle.dumps(failure))  # type: ignore[arg-type]  # it takes bytes too
 
 
-def known_failure(store: dist.Store) -> Failure | None:
+def known_failure(store: Store) -> Failure | None:
     """The first failure, None while there is none. The store holds what these processes wrote themselves."""
     if not store.check(["failed"]):
         return None
@@ -95,7 +96,7 @@ def known_failure(store: dist.Store) -> Failure | None:
     return found
 
 
-def told(store: dist.Store) -> bool:
+def told(store: Store) -> bool:
     """Somebody has said what failed."""
     return store.check(["told"])
 
@@ -129,7 +130,7 @@ class _Peer:
 class Watch:
     """The thread. `speak` tells the user at the rank that is to speak; `leave` ends this process at once with a code."""
 
-    def __init__(self, store: dist.Store, place: Membership, speak: Speak, leave: Callable[[int], Any] = os._exit) -> None:
+    def __init__(self, store: Store, place: Membership, speak: Speak, leave: Callable[[int], Any] = os._exit) -> None:
         self.store, self.place, self.speak, self.leave = store, place, speak, leave
         self.lost_seconds, self.idle_seconds = LOST_SECONDS, IDLE_SECONDS
         self.ending = False
@@ -220,9 +221,10 @@ class Watch:
 
     def _lost(self, rank: int, peer: _Peer, now: float) -> str:
         silent = now - peer.heard
-        here = peer.who is not None and peer.who[0] and peer.who[0] == _machine()
-        if here and not self._launched and start_of(peer.who[1]) != peer.who[2]:  # a launcher of ours sees it first, and why
-            return f"rank {rank} (process {peer.who[1]}) ended without a word: killed, out of memory, or crashed"
+        machine, pid, start = peer.who or ("", 0, None)
+        # A launcher of ours sees it first, and by which signal it was.
+        if machine and machine == _machine() and not self._launched and start_of(pid) != start:
+            return f"rank {rank} (process {pid}) ended without a word: killed, out of memory, or crashed"
         if peer.beats and silent > self.lost_seconds:
             return f"rank {rank} has not answered for {silent:.0f} s: stopped, or its machine is lost"
         if not peer.beats and silent > APPEAR_SECONDS:

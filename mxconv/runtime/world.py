@@ -91,3 +91,14 @@ class Alone:
 
 
 ALONE = Alone()
+
+
+def everywhere(world: World, compute: Callable[[], T]) -> T:
+    """`compute()` of each process; what fails in one is raised in all."""
+    try:
+        found = compute()
+    except MxconvError as error:
+        world.agree(error)
+        raise
+    world.agree(None)
+    return found

@@ -18,7 +18,7 @@ from mxconv.artifact import require_artifact
 from mxconv.errors import IntegrityError, MalformedInput, ResourceError
 from mxconv.progress import SILENT, Progress
 from mxconv.runtime import Weights
-from mxconv.runtime.world import ALONE, World
+from mxconv.runtime.world import ALONE, World, everywhere
 from mxconv.verify import serving, structure
 from mxconv.verify.activation import Gathered, gather_step, judge_gathered
 from mxconv.verify.findings import Finding, Section, from_error, skipped, status_of
@@ -206,7 +206,7 @@ class _Run:
             side = SourceSide(weights=whole, digest=source_digest(whole.config, structure.rank_shards(source)))
         kept = kept_reference(side, prompts, self.options, self.device) if self.world.rank == 0 else None
         try:
-            lanes = artifact_lanes(weights, self.subject.merged, self.device, self.world)
+            lanes = everywhere(self.world, lambda: artifact_lanes(weights, self.subject.merged, self.device, self.world))
             return run_logits(lanes, side, kept, prompts, self.options, self.device, self.progress, self.world), []
         except (MalformedInput, IntegrityError) as error:
             of_source = error.where is not None and source is not None and error.where.startswith(str(source))

@@ -2,24 +2,24 @@
 
 A *lane* is one model with one way to treat activations. Lanes that share a model share its layer: attention weights are widened
 once for both, one expert at a time. Over several processes a lane is either run by all of them, each computing its ranks, or by
-one of them alone; they keep in step layer by layer. After every layer each lane's hidden states are compared with the first lane's on a sample
-of tokens (`probes`), spread evenly over all windows, so that a stored reference can keep every layer's.
+one of them alone; they keep in step layer by layer. After every layer each lane's hidden states are compared with the first lane's
+on a sample of tokens (`probes`), spread evenly over all windows, so that a stored reference can keep every layer's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mxconv.errors import MxconvError
 from mxconv.progress import SILENT, Progress
 from mxconv.runtime import Model
 from mxconv.runtime.batch import Batch
 from mxconv.runtime.linear import Activations
-from mxconv.runtime.world import ALONE, World
+from mxconv.runtime.world import ALONE, World, everywhere
 
 PROBES = 256
 
@@ -69,12 +69,7 @@ def run(lanes: Sequence[Lane], ids: Tensor, progress: Progress = SILENT, world: 
         for number in range(-1, layers):
             # Lanes of all processes first: whoever has lanes of its own computes them while the others wait at the next layer.
             running.advance(together, number)
-            error: MxconvError | None = None
-            try:
-                running.advance(apart, number)
-            except MxconvError as caught:
-                error = caught
-            world.agree(error)
+            everywhere(world, partial(running.advance, apart, number))
             if number >= 0:
                 progress.advance(0, f"layer {number + 1} of {layers}, {len(lanes)} passes side by side")
     return running.traces()

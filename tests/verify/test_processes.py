@@ -1,0 +1,294 @@
+"""verify by several processes: the report of the single one, one exit code, and an end within seconds when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mxconv.quantize.schemes import SCHEMES
+from mxconv.runtime.watch import start_of
+from mxconv.runtime.world import ALONE, World
+from mxconv.verify import Options, verify
+from tests.members import REPOSITORY, in_processes
+from tests.mutants import MUTANTS, make_base, make_source
+from tests.spoil import Folder
+
+MISCHIEF = Path(__file__).with_name("mischief.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+REQUEST = ("--windows", "2", "--window", "300")
+
+
+def plain(document: Any) -> Any:
+    """A report without what may differ: times, and how many processes there were."""
+    if isinstance(document, dict):
+        return {key: plain(value) for key, value in document.items() if key not in ("seconds", "processes")}
+    return [plain(value) for value in document] if isinstance(document, list) else document
+
+
+def reports(world: World, artifacts: list[Path], source: Path, device: str = "cpu") -> list[dict[str, Any]]:
+    """The documents of `artifacts`, in every process; with hashes, and once without a source."""
+    options = Options(source=source, windows=2, window=300, device=device)
+    found = [verify(artifact, options, world=world).document() for artifact in artifacts]
+    hashed = Options(windows=2, window=300, hash_files=True, device=device)
+    return [*found, verify(artifacts[0], hashed, world=world).document()]
+
+
+def all_reports(world: World, jobs: list[tuple[list[Path], Path]]) -> list[dict[str, Any]]:
+    """`reports` of several sources' artifacts."""
+    return [document for artifacts, source in jobs for document in reports(world, artifacts, source)]
+
+
+def alone(artifacts: list[Path], source: Path, device: str = "cpu") -> list[dict[str, Any]]:
+    """The same by this process."""
+    return reports(ALONE, artifacts, source, device)
+
+
+def spoilt(name: str, source: Path, folder: Path) -> Path:
+    """The artifact of a mutant."""
+    out = folder / name.replace(" ", "-")
+    mutant = MUTANTS[name]
+    mutant.spoil(changed := Folder(make_base(mutant.base, source, out), source))
+    changed.save()
+    return out
+
+
+WRONG = ("activation scale zero", "experts of another rank", "a norm that differs between ranks", "activation scale doubled")
+"""What one rank alone stumbles over in the passes, what is explained, what only the merged ranks show, what is gathered again."""
+
+
+def test_the_report_is_the_single_ones(made: Callable[..., Path], small: Path, tmp_path: Path) -> None:
+    """Two processes, right and wrong artifacts: every figure, finding and word, to the last digit."""
+    artifacts = [made(scheme, 2) for scheme in (None, "w4afp8", "w4afp8_static", "block_wise_fp8")]
+    source = make_source(tmp_path / "source")
+    jobs = [(artifacts, small), ([spoilt(name, source, tmp_path) for name in WRONG], source)]
+    expected = all_reports(ALONE, jobs)
+    assert [document["ok"] for document in expected] == [True] * 5 + [False] * 4 + [True]
+    together = in_processes(2, all_reports, jobs)
+    for found in together:
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine["processes"] == 2 and plain(mine) == plain(theirs)
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    pids: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[int]:
+        """Processes that are still there."""
+        return [pid for pid in self.pids if start_of(pid)]
+
+
+@dataclass(slots=True, kw_only=True)
+class Command:
+    """verify of one artifact as several processes, one of which may come to grief."""
+
+    artifact: Path
+    source: Path
+    pids: Path
+
+    def start(self, kind: str, rank: int, *more: str, torchrun: bool = False, patient: bool = False) -> subprocess.Popen[str]:
+        """The running command; two processes."""
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MISCHIEF_PIDS": str(self.pids), "OMP_NUM_THREADS": "1"}
+        environment |= {"MISCHIEF_PATIENT": "1"} if patient else {}
+        script = [str(MISCHIEF), kind, str(rank), "verify", str(self.artifact), "--source", str(self.source), *REQUEST, *more]
+        command = [*TORCHRUN, "2", *script] if torchrun else [sys.executable, *script, "--processes", "2"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, kind: str, rank: int, *more: str, **how: bool) -> Outcome:
+        """The command to its end."""
+        return self.end(self.start(kind, rank, *more, **how))
+
+    def end(self, running: subprocess.Popen[str]) -> Outcome:
+        """Wait for the end; `seconds` count from when both were at work."""
+        began = self.at_work(running)
+        out, err = running.communicate(timeout=90)
+        took = time.monotonic() - began
+        return Outcome(code=running.returncode, out=out, err=err, seconds=took, pids=self.known())
+
+    def known(self) -> list[int]:
+        """Pids of the processes."""
+        return [int(text) for path in sorted(self.pids.iterdir()) if (text := path.read_text())]
+
+    def at_work(self, running: subprocess.Popen[str]) -> float:
+        """Wait until both processes have begun."""
+        deadline = time.monotonic() + 60
+        while len(self.known()) < 2 and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return time.monotonic()
+
+
+@pytest.fixture
+def command(made: Callable[..., Path], small: Path, tmp_path: Path) -> Iterator[Command]:
+    """A command whose processes are gone afterwards, whatever the test found."""
+    (tmp_path / "pids").mkdir()
+    command = Command(artifact=made("w4afp8", 2), source=small, pids=tmp_path / "pids")
+    yield command
+    for pid in command.known():
+        if start_of(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_one_report_and_exit_code_0(command: Command) -> None:
+    """Under `--processes`; the others say nothing."""
+    ended = command.run("none", 0, "--json")
+    assert (ended.code, ended.left) == (0, [])
+    assert json.loads(ended.out)["processes"] == 2
+    assert ended.err.count("verify: logits") == 1 and "rror" not in ended.err
+
+
+def test_exit_code_8_of_torchrun(command: Command, tmp_path: Path) -> None:
+    """torchrun itself makes 1 of every failure and says what the processes ended with; the report is there once."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(command.artifact, wrong)
+    changed = Folder(wrong, command.source)
+    MUTANTS["experts of another rank"].spoil(changed)
+    changed.save()
+    command.artifact = wrong
+    ended = command.run("none", 0, torchrun=True)
+    assert ended.code == 1 and "exitcode: 8" in ended.err.replace(" ", "").replace("exitcode:", "exitcode: ")
+    assert ended.out.count("structure  ") == 1 and ended.out.count("FAIL experts") + ended.out.count("FAIL rank 0") >= 1
+    assert ended.left == []
+
+
+@pytest.mark.parametrize(("kind", "rank", "code", "words"), [
+    ("raise", 1, 6, "shard 3: the disk gave out"),
+    ("kill", 1, 6, "rank 1 was ended by SIGKILL"),
+    ("kill", 0, 6, "rank 0 was ended by SIGKILL"),
+])  # fmt: skip
+def test_a_failing_or_killed_rank_ends_all(command: Command, kind: str, rank: int, code: int, words: str) -> None:
+    ended = command.run(kind, rank, "--json")
+    assert (ended.code, ended.left) == (code, [])
+    assert ended.err.count(words) == 1 and ended.seconds < 30
+    (problem,) = json.loads(ended.out)["problems"]
+    assert problem["exit_code"] == code and words.endswith(problem["what"])
+
+
+def test_a_rank_killed_under_torchrun_ends_all(command: Command) -> None:
+    ended = command.run("kill", 1, torchrun=True)
+    assert ended.code == 1 and ended.left == [] and ended.seconds < 30
+    assert ended.out == "" and ended.err.count("ended without a word") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_all(command: Command, number: signal.Signals, code: int) -> None:
+    running = command.start("slow", 0)
+    command.at_work(running)
+    time.sleep(0.5)
+    running.send_signal(number)
+    began = time.monotonic()
+    ended = command.end(running)
+    assert time.monotonic() - began < 8
+    assert (ended.code, ended.out, ended.left) == (code, "", [])
+    assert ended.err.count("error: stopped by") == 1
+
+
+def test_a_launcher_that_is_killed_leaves_nobody(command: Command) -> None:
+    running = command.start("hang", 0, patient=True)
+    command.at_work(running)
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and any(map(start_of, command.known())):
+        time.sleep(0.1)
+    assert not any(map(start_of, command.known()))
+
+
+THOROUGH = [("stop", 0), ("stop", 1), ("hang", 0), ("hang", 1), ("segv", 1), ("bug", 0), ("bug", 1)]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kind", "rank"), THOROUGH)
+def test_every_kind_of_grief(command: Command, kind: str, rank: int) -> None:
+    """With the times that users have."""
+    words = {"stop": "has not answered", "hang": "it hangs", "segv": "SIGSEGV", "bug": "a bug in mxconv: KeyError"}
+    ended = command.run(kind, rank, patient=True)
+    assert ended.code == (6 if kind in ("stop", "hang") else 1)
+    assert ended.err.count(words[kind]) == 1 and ended.left == [] and ended.seconds < 35
+
+
+def test_requests_that_do_not_fit(command: Command) -> None:
+    """Three processes for two ranks, `--processes` under torchrun, a GPU for several."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "mxconv", "verify", str(command.artifact), "--source", str(command.source), *REQUEST]
+    run = subprocess.run([*call, "--processes", "3"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2 and run.stderr.count("error:") == 1 and "over 3 processes" in run.stderr and run.stdout == ""
+    member = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    run = subprocess.run(
+        [*call, "--processes", "2"], env=environment | member, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 2 and "several already" in run.stderr
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_tiny_a(tiny_a: Path, made_of_tiny_a: Callable[..., Path], processes: int) -> None:
+    """The trained model at TP 2, 4 and 8: the report of the single process, logits and all."""
+    artifacts = [made_of_tiny_a(scheme, processes) for scheme in (None, *SCHEMES)]
+    expected = alone(artifacts, tiny_a)
+    for found in in_processes(processes, reports, artifacts, tiny_a, seconds=1200):
+        assert [plain(document) for document in found] == [plain(document) for document in expected]
+
+
+@pytest.fixture(scope="session")
+def made_of_tiny_a(tiny_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made_of_tiny_a(scheme, tp)`: an artifact of the trained model."""
+    from tests.verify.conftest import _make
+
+    root = tmp_path_factory.mktemp("tiny-a")
+
+    def make(scheme: str | None, tp: int) -> Path:
+        out = root / f"{scheme}-{tp}"
+        if not out.exists():
+            _make(tiny_a, scheme, tp, out)
+        return out
+
+    return make
+
+
+@pytest.mark.gpu
+def test_one_rank_over_nccl(made: Callable[..., Path], small: Path) -> None:
+    """One GPU: the report of the plain run on it."""
+    artifacts = [made(scheme, 1) for scheme in (None, "w4afp8")]
+    (found,) = in_processes(1, reports, artifacts, small, "cuda:0", device="cuda")
+    expected = alone(artifacts, small, "cuda:0")
+    assert [plain(document) for document in found] == [plain(document) for document in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_a_gpu_a_rank(tiny_a: Path, made_of_tiny_a: Callable[..., Path], processes: int) -> None:
+    """Every scheme over NCCL: the verdicts and exit codes of one process on one GPU, the unquantized passes to 2e-6."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"{processes} GPUs are needed")
+    artifacts = [made_of_tiny_a(scheme, processes) for scheme in (None, *SCHEMES)]
+    expected = alone(artifacts, tiny_a, "cuda")
+    for found in in_processes(processes, on_own_gpu, artifacts, tiny_a, device="cuda", seconds=600):
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine["ok"] == theirs["ok"] is True
+            assert mine["sections"].keys() == theirs["sections"].keys()
+            assert mine["sections"]["numerics"]["findings"] == theirs["sections"]["numerics"]["findings"] == []
+            assert mine["sections"]["parallel"]["figures"]["logits_l2"] <= 2e-6
+
+
+def on_own_gpu(world: World, artifacts: list[Path], source: Path) -> list[dict[str, Any]]:
+    """`reports` on this process's GPU."""
+    return reports(world, artifacts, source, f"cuda:{torch.cuda.current_device()}")
