@@ -38,9 +38,16 @@ def candidates(kind: Kind, tokens: int, projection: str) -> Iterator[Launch]:
     else:
         shapes, stages = [(128, 64, 4), (256, 64, 8), (128, 128, 8), *([(256, 128, 8)] if kind == "int4_int8" else [])], [3, 4]
         swaps = [True, False] if kind == "e4m3" else [True]
+    gate = projection == "up"
     for (block_n, block_t, warps), stage, split, swap in itertools.product(shapes, stages, splits, swaps):
-        gated = projection == "up" and split == 1
-        yield Launch(block_n=block_n, block_t=block_t, warps=warps, stages=stage, splits=split, swap=swap, gated=gated)
+        yield Launch(
+            block_n=block_n, block_t=block_t, warps=warps, stages=stage, splits=split, swap=swap, gated=gate and split == 1
+        )  # fmt: skip
+    if tokens > 512:
+        for (block_n, block_t, warps), stage in itertools.product([(256, 128, 8), (256, 64, 8), (128, 64, 4)], stages):
+            yield Launch(
+                block_n=block_n, block_t=block_t, warps=warps, stages=stage, swap=kind != "e4m3", gated=gate, wide=True
+            )  # fmt: skip
 
 
 def call_of(
@@ -71,11 +78,11 @@ def timings(scheme: Scheme, projection: str, tokens: int) -> Iterator[tuple[floa
     """(milliseconds, launch) of every candidate that runs."""
     rows = tokens if projection == "up" and not scheme.static else tokens * PER_TOKEN
     matrix, (codes, scales) = random_matrix(scheme, projection), random_codes(scheme, rows, SHAPES[projection][1])
-    routings = random_routings(tokens)
+    routings, repeats = (random_routings(tokens), 15) if tokens < 16384 else (random_routings(tokens)[:2], 5)
     for launch in candidates(matrix.kind, tokens, projection):
         sets = [sort_assignments(chosen, EXPERTS, launch.block_t) for chosen in routings]
         try:
-            yield graph_ms([call_of(matrix, projection, ordered, codes, scales, launch) for ordered in sets]), launch
+            yield graph_ms([call_of(matrix, projection, ordered, codes, scales, launch) for ordered in sets], repeats), launch
         except Exception as error:
             sys.stdout.write(f"{launch}: {error!s:.120}\n")
 
@@ -87,7 +94,8 @@ def report(name: str, tokens: int, top: int) -> None:
         for ms, launch in timed[:top] + timed[-1:]:
             sys.stdout.write(
                 f"{name:16} {projection:4} {tokens:5} tokens  {ms * 1000:8.1f} us  n{launch.block_n} t{launch.block_t} "
-                f"w{launch.warps} s{launch.stages} k{launch.splits}{'' if launch.swap else ' wide tokens'}\n"
+                f"w{launch.warps} s{launch.stages} k{launch.splits}{'' if launch.swap else ' tokens'}"
+                f"{' wide' if launch.wide else ''}\n"
             )
         sys.stdout.flush()
 

@@ -23,6 +23,7 @@ from mxconv.runtime.kernels.moe_activation import combine, hidden_kernel
 from mxconv.runtime.kernels.moe_dense import DenseExperts
 from mxconv.runtime.kernels.moe_front import front_kernel
 from mxconv.runtime.kernels.moe_gemm import grouped_gemm_kernel
+from mxconv.runtime.kernels.moe_gemm_wide import wide_gemm_kernel
 from mxconv.runtime.kernels.moe_overlap import overlap_options
 from mxconv.runtime.kernels.moe_pack import (
     ROWS,
@@ -43,6 +44,8 @@ __all__ = ["DenseExperts", "Matrix", "MoeExperts", "route"]
 
 FACTORS: dict[Kind, float] = {"int4_e4m3": 512.0 / INT4_MAX, "int4_int8": 1.0 / (16 * INT4_MAX), "e4m3": 1.0}
 """What a product of codes must be multiplied by, beside the scales: int4 codes are q·2⁻⁹ or 16·q, and scales are of q/7."""
+LARGEST_OFFSET = 2**31 - 1
+"""Elements of an activation matrix that the kernels address; more tokens are taken in parts."""
 
 
 class Matrix:
@@ -88,12 +91,13 @@ class Matrix:
         scales = "flat" if scheme.granularity in ("channel", "tensor") else scheme.granularity
         rows = launch.block_n // 2 if launch.gated else launch.block_n
         grid = ((self.n // 2 if launch.gated else self.n) // rows, tiles.numel() // 3, launch.splits)
-        grouped_gemm_kernel[grid](
+        kernel, block_n = (wide_gemm_kernel, launch.block_n // 2) if launch.wide else (grouped_gemm_kernel, launch.block_n)
+        kernel[grid](
             x, self.codes, self.scale, x_scale, self.scale, x_scale, self.expert_scale, out, order, tiles,
             self.n, self.k, len(order),
             WEIGHT=self.kind, SCALES=scales, GROUP_STEPS=(scheme.group_size or STEP) // STEP, PER_TOKEN=per_token,
             ROW_SCALE=scheme.granularity == "channel", TOKEN_SCALE=rule.scale == "token", EXPERT_SCALE=scheme.static,
-            FACTOR=FACTORS[self.kind], GATED=launch.gated, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, STAGES=launch.stages,
+            FACTOR=FACTORS[self.kind], GATED=launch.gated, BLOCK_N=block_n, BLOCK_T=launch.block_t, STAGES=launch.stages,
             SWAP=launch.swap, NATIVE=not triton.knobs.runtime.interpret, num_warps=launch.warps, **overlap_options(x.device),
         )  # fmt: skip
 
@@ -162,6 +166,10 @@ class MoeExperts:
         """
         if not len(x):
             return torch.zeros_like(x)
+        most = LARGEST_OFFSET // max(self.hidden, 2 * self.intermediate) // chosen.shape[1]
+        if len(x) > most:
+            parts = zip(x.split(most), chosen.split(most), weights.split(most), strict=True)
+            return torch.cat([self(*part) for part in parts])
         chosen, weights, kind = chosen.contiguous(), weights.contiguous(), self.up_gate.kind
         assignments, per_token = chosen.numel(), chosen.shape[1]
         ordered, codes, scales = self.front(x.contiguous(), chosen, block_tokens(kind, assignments, self.experts))

@@ -75,7 +75,7 @@ def _high(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _operand(packed, WEIGHT: tl.constexpr, NATIVE: tl.constexpr):
+def operand(packed, WEIGHT: tl.constexpr, NATIVE: tl.constexpr):
     """The codes [BLOCK_N, 128] of one step's bytes: a rearrangement of registers alone, as the tensor cores' first operand."""
     if WEIGHT == "e4m3":
         codes = packed.to(tl.float8e4nv, bitcast=True)
@@ -118,9 +118,9 @@ def grouped_gemm_kernel(
     first, count = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     t, i = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N)
     inside = t < count
-    row = tl.where(inside, first + t, first).to(tl.int64)
+    row = tl.where(inside, first + t, first)
     if PER_TOKEN:
-        row = (tl.load(order + row) // PER_TOKEN).to(tl.int64)
+        row = tl.load(order + row) // PER_TOKEN
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     if GATED:
         n = n_block * WIDTH + i % WIDTH + (i // WIDTH) * (N // 2)
@@ -134,11 +134,12 @@ def grouped_gemm_kernel(
     share = tl.cdiv(steps, tl.num_programs(2))
     begin = split * share
     end = tl.minimum(begin + share, steps)
-    w_tile = (expert * (N // 64) + n // 64) * steps + begin
-    w_at = w + w_tile[:, None] * (64 * BYTES) + (n % 64)[:, None] * BYTES + b[None, :]
-    x_at = x + row[:, None] * K + begin * 128 + k128[None, :]
+    w_base = w + (expert * (N // 64) * steps + begin) * (64 * BYTES)
+    w_off = (n // 64 * steps * 64 + n % 64)[:, None] * BYTES + b[None, :]
+    x_base = x + begin * 128
+    x_off = row[:, None] * K + k128[None, :]
     if SCALES == "group":
-        s_at = scales + (expert * (steps // GROUP_STEPS) + begin // GROUP_STEPS) * N + n
+        s_base = scales + (expert * (steps // GROUP_STEPS) + begin // GROUP_STEPS) * N
     if SCALES == "block":
         # Each half of a program's rows lies in one block of 128: two numbers a step, where a vector would be one load a row.
         HALVES: tl.constexpr = GATED or BLOCK_N > 128
@@ -150,7 +151,7 @@ def grouped_gemm_kernel(
     else:
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for k in tl.range(begin, end, num_stages=STAGES):
-        codes, xv = _operand(tl.load(w_at), WEIGHT, NATIVE), tl.load(x_at)
+        codes, xv = operand(tl.load(w_base + w_off), WEIGHT, NATIVE), tl.load(x_base + x_off)
         if WEIGHT == "int4_int8":
             acc = tl.dot(codes, tl.trans(xv), acc, out_dtype=tl.int32)
         else:
@@ -159,11 +160,11 @@ def grouped_gemm_kernel(
             else:
                 partial = tl.dot(xv, tl.trans(codes))
             if SCALES == "group":
-                acc += partial * tl.load(s_at)[:, None]
+                acc += partial * tl.load(s_base + n)[:, None]
                 if GROUP_STEPS == 1:
-                    s_at += N
+                    s_base += N
                 else:
-                    s_at += tl.where((k + 1) % GROUP_STEPS == 0, N, 0)
+                    s_base += tl.where((k + 1) % GROUP_STEPS == 0, N, 0)
             elif SCALES == "block":
                 if HALVES:
                     s = tl.where(i < BLOCK_N // 2, tl.load(low_at), tl.load(high_at))
@@ -182,8 +183,8 @@ def grouped_gemm_kernel(
                 a_at += 1
             else:
                 acc += partial
-        w_at += 64 * BYTES
-        x_at += 128
+        w_base += 64 * BYTES
+        x_base += 128
     if SWAP:
         acc = tl.trans(acc)
     y = acc.to(tl.float32) * FACTOR

@@ -29,6 +29,8 @@ class Launch:
     splits: int = 1
     swap: bool = True
     """The weights are the wide operand; see moe_gemm."""
+    wide: bool = False
+    """Two blocks of block_n/2 rows of w share the tokens: the kernel of moe_gemm_wide. K is not split."""
     gated: bool = False
     """SwiGLU is done by the GEMM."""
 

@@ -147,7 +147,9 @@ def test_gemm_interpreted(scheme: Scheme) -> None:
 SHAPED = [
     ("w4afp8", {"splits": 3}), ("w4a8", {"splits": 2}), ("block_wise_fp8", {"swap": False, "block_t": 16, "block_n": 64}),
     ("tensor_wise_fp8", {"swap": False, "splits": 2}), ("block_wise_fp8", {"block_n": 256, "warps": 8}),
-    ("w4afp8_static", {"block_n": 256, "warps": 8, "block_t": 32}),
+    ("w4afp8_static", {"block_n": 256, "warps": 8, "block_t": 32}), ("w4afp8", {"wide": True, "block_n": 256, "warps": 8}),
+    ("block_wise_fp8", {"wide": True, "block_n": 256, "warps": 8, "swap": False}), ("w4a8", {"wide": True, "block_n": 128}),
+    ("tensor_wise_fp8", {"wide": True, "block_n": 256, "warps": 8}),
 ]  # fmt: skip
 """Launches beside the table's: K split unevenly, tokens on the wide side, rows of two blocks of scales."""
 
