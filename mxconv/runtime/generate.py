@@ -97,7 +97,9 @@ def _by_slots(model: Model, ids: Sequence[int], activations: Activations) -> Gen
     decoder = Decoder(model, room=len(ids) + FIRST_ROOM, activations=activations)
     logits = decoder.start(0, ids)
     while True:
-        decoder.tokens[0] = (yield logits)
+        token = yield logits
+        if token is not None:
+            decoder.tokens[0] = token
         logits = decoder.step()[0]
 
 
