@@ -46,6 +46,19 @@ def _succeeds(status: Any) -> bool:
     return int(status) == 0
 
 
+@contextmanager
+def short_of_memory(device: torch.device) -> Iterator[None]:
+    """A device that runs out of memory inside, the allocator's or the driver's own, is ResourceError (6)."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if "out of memory" not in str(error):
+            raise
+        raise ResourceError(
+            "the GPU is out of memory", where=device, hint="lower --workers, or leave more of the GPU free"
+        ) from None
+
+
 class Lane:
     """One worker's part of a GPU."""
 
@@ -59,13 +72,8 @@ class Lane:
     @contextmanager
     def current(self) -> Iterator[None]:
         """Work inside goes to this lane's stream; a device out of memory is ResourceError."""
-        try:
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-                yield
-        except torch.OutOfMemoryError:
-            raise ResourceError(
-                "the GPU is out of memory", where=self.device, hint="lower --workers, or leave more of the GPU free"
-            ) from None
+        with short_of_memory(self.device), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
 
     def room(self, size_bytes: int) -> Raw:
         """The next pinned block, as soon as what it held before has travelled."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxconv.dispatch import open_device, triton_wanted
 from mxconv.errors import ResourceError
-from mxconv.execute.lanes import Lane
+from mxconv.execute.lanes import Lane, short_of_memory
 from mxconv.execute.rawbits import Raw
 from mxconv.plan.pieces import BLOCK_BYTES
 from mxconv.plan.values import Plan, Unit
@@ -166,7 +166,8 @@ class Places:
         if not self.on_device or scheme is None:
             return wanted
         need = max((device_bytes(unit, scheme) for unit in plan.units if unit.op == "quantize"), default=1)
-        free = int(torch.cuda.mem_get_info(self.device)[0] * DEVICE_SHARE)
+        with short_of_memory(self.device):
+            free = int(torch.cuda.mem_get_info(self.device)[0] * DEVICE_SHARE)
         if free < need:
             raise ResourceError(
                 "the GPU has too little free memory for the largest unit", where=self.device, expected=f"{need} bytes",
@@ -189,7 +190,8 @@ class Places:
     def _lane(self) -> Lane:
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is None:
-            lane = self._own.lane = Lane(self.device)
+            with short_of_memory(self.device):
+                lane = self._own.lane = Lane(self.device)
             self._lanes.append(lane)
         return lane
 
