@@ -72,7 +72,11 @@ class LightningAttention:
         """Norm, gate and output projection, the first two in one kernel, which takes one rank's mean of squares itself."""
         from mxconv.runtime.kernels.lightning_norm_gate import lightning_norm_gate
 
-        mean_square = None if self.group.size == 1 else self._mean_square(heads).flatten(0, 1)
+        mean_square = None
+        if self.group.size > 1:
+            # One pass over the bf16 values, summed in float32.
+            total = self.group.sum(lambda rank: torch.linalg.vector_norm(heads[rank], dim=-1, dtype=torch.float32).square_())
+            mean_square = total.flatten() / self.width
 
         def partial(rank: int) -> Tensor:
             x, gate = heads[rank].flatten(0, 1), gates[rank].flatten(0, 1)

@@ -24,6 +24,7 @@ from mxconv.runtime.vocabulary import Vocabulary
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 HEAD_BLOCK = 8192
+FEW_LOGITS = 1 << 24
 
 
 class Model:
@@ -82,7 +83,9 @@ class Model:
         x = self.final_norm(x)
         vocabulary = self.config.vocab_size
         out = torch.empty(0)
-        for start, logits in self.head_blocks(x):
+        # Few rows of logits are made in one product; streamed heads stay in blocks, whose rows are read for each.
+        rows = x.numel() // x.shape[-1]
+        for start, logits in self.head_blocks(x, HEAD_BLOCK if self.stream else max(HEAD_BLOCK, FEW_LOGITS // rows)):
             if logits.shape[-1] == vocabulary:
                 return logits.to(torch.float32)
             if start == 0:
