@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mxconv.artifact import check_folder, read_manifest
+from mxconv.artifact.manifest import render
 from mxconv.checkpoint import read_shards
 from mxconv.errors import MxconvError
 from mxconv.execute import convert, quantize
@@ -53,6 +57,7 @@ class Target:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.bytes = {path: (root / path).read_bytes() for path in [*read_manifest(root).files, "manifest.json"]}
+        self.plan = read_manifest(root).plan_digest[:16]
         folders = sorted({(root / path).parent for path in self.bytes if path.endswith(".safetensors")})
         self.tensors = [
             Tensor(
@@ -70,10 +75,16 @@ class Target:
     def restore(self) -> None:
         for path, data in self.bytes.items():
             place = self.root / path
+            if place.is_symlink():
+                place.unlink()
             if not place.is_file() or place.stat().st_size != len(data) or place.read_bytes() != data:
                 place.write_bytes(data)
-        for path in set(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()) - self.bytes.keys():
-            (self.root / path).unlink()
+        for path in sorted(self.root.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.root).as_posix() not in self.bytes:
+                path.unlink()
 
 
 # Each spoils a target and returns the words that `check` must say, () when nothing was changed.
@@ -150,11 +161,43 @@ def delete(target: Target, draw: random.Random) -> tuple[str, ...]:
 
 
 def add(target: Target, draw: random.Random) -> tuple[str, ...]:
-    """A stray file, perhaps the copy of a right one, perhaps hidden."""
+    """A stray file, perhaps the copy of a right one, under any name: hidden, or one that runs themselves use at work."""
     folder = draw.choice(sorted({Path(path).parent.as_posix() for path in target.bytes}))
-    name = f"{folder}/{draw.choice(['', '.'])}stray{draw.randrange(9)}{draw.choice(['.safetensors', '.json', '.py', ''])}"
-    target.put(name, draw.choice([b"", target.bytes[draw.choice(sorted(target.bytes))]]))
-    return (Path(name).as_posix(),)
+    ours = Path(draw.choice(sorted(target.bytes))).name
+    stray = f"stray{draw.randrange(9)}{draw.choice(['.safetensors', '.json', '.py', ''])}"
+    name = draw.choice(
+        [stray, f".{stray}", f"{stray}.{target.plan}.part", f".{stray}.{target.plan}.part", f".{ours}.{target.plan}.part",
+         ".mxconv.journal", "run.log.json", f".out.{target.plan}.building"]
+    )  # fmt: skip
+    path = Path(f"{folder}/{name}")
+    content = draw.choice([b"", b"x", target.bytes[draw.choice(sorted(target.bytes))]])
+    if path.as_posix() == ".mxconv.journal" and not content:
+        return ()  # what a run that was killed at its very end may leave: noted, and empty
+    if path.name == f".manifest.json.{target.plan}.part" and content == target.bytes["manifest.json"] and path.parent == Path():
+        return ()
+    target.put(path.as_posix(), content)
+    return (path.as_posix(),)
+
+
+def add_folder(target: Target, draw: random.Random) -> tuple[str, ...]:
+    """An empty folder: readers count those of ranks."""
+    folder = draw.choice(sorted({Path(path).parent.as_posix() for path in target.bytes}))
+    path = Path(folder) / draw.choice(["rank7", "rank2/rank3", ".hidden", "x"])
+    (target.root / path).mkdir(parents=True)
+    return (path.parts[0] if folder == "." else f"{folder}/{path.relative_to(folder).parts[0]}",)
+
+
+def link(target: Target, draw: random.Random) -> tuple[str, ...]:
+    """A link in place of a file, to its very content outside; or one more link."""
+    path = draw.choice(sorted(target.bytes))
+    if draw.randrange(2):
+        (target.root / f"{path}.link").symlink_to(target.root / path)
+        return (f"{path}.link",)
+    outside = target.root.with_name("outside")
+    outside.write_bytes(target.bytes[path])
+    (target.root / path).unlink()
+    (target.root / path).symlink_to(outside)
+    return (path,)
 
 
 def replace_by_another(target: Target, draw: random.Random) -> tuple[str, ...]:
@@ -190,7 +233,8 @@ def edit_manifest(target: Target, draw: random.Random) -> tuple[str, ...]:
 
 
 CORRUPTIONS: tuple[Corruption, ...] = (
-    flip, flip_in_tensor, truncate, append, zero, swap, delete, add, replace_by_another, edit_config, edit_manifest,
+    flip, flip_in_tensor, truncate, append, zero, swap, delete, add, add_folder, link, replace_by_another, edit_config,
+    edit_manifest,
 )  # fmt: skip
 
 
@@ -255,6 +299,57 @@ def test_progress_is_shown_and_reaches_the_end(artifacts: tuple[Path, ...]) -> N
     assert report.size_bytes == total
 
 
+def test_another_artifact_than_the_expected_does_not_hide_what_is_damaged(artifacts: tuple[Path, ...], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(artifacts[0], tmp_path / "out"))
+    (root / "stray").touch()
+    result = run("check", root, "--expect", "0" * 16, "--json")
+    document = json.loads(result.out)
+    assert result.code == 8 and document["schema"] == "mxconv.check" and document["ok"] is False
+    assert [problem["what"] for problem in document["problems"]] == [
+        "this is another artifact than the one expected", "file is not in the manifest",
+    ]  # fmt: skip
+    assert run("check", root, "--expect", "xyz").code == 2
+    (root / "stray").unlink()
+    assert run("check", root, "--expect", read_manifest(root).sha256[:16].upper()).code == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_check_amid_a_file(number: int, code: int, artifacts: tuple[Path, ...], tmp_path: Path) -> None:
+    """Over a file of 64 GiB, which takes longer than any test may."""
+    root, size = Path(shutil.copytree(artifacts[0], tmp_path / "out")), 64 << 30
+    shutil.copy(root / "config.json", root / "vocab.json")
+    body = json.loads((root / "manifest.json").read_text())
+    body["files"]["vocab.json"] = {"size_bytes": size, "sha256": "0" * 64}
+    body.pop("sha256")
+    body["sha256"] = hashlib.sha256(render(body)).hexdigest()
+    (root / "manifest.json").write_bytes(render(body))
+    os.truncate(root / "vocab.json", size)
+    with open(tmp_path / "said", "w+b") as said:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "mxconv", "check", str(root)], stdout=said, stderr=said,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CI": "true"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not any("vocab.json" in os.readlink(fd) for fd in descriptors(started.pid)):
+            assert time.monotonic() < deadline and started.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.1)
+        began = time.monotonic()
+        started.send_signal(number)
+        assert started.wait(timeout=60) == code
+        assert time.monotonic() - began < 5
+        said.seek(0)
+        text = said.read().decode()
+    assert "stopped by" in text and "Traceback" not in text
+
+
+def descriptors(pid: int) -> list[Path]:
+    try:
+        return [path for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    except OSError:
+        return []
+
+
 def test_many_problems_are_listed_at_once(artifacts: tuple[Path, ...], tmp_path: Path) -> None:
     root = Path(shutil.copytree(artifacts[0], tmp_path / "out"))
     (root / "rank1" / "model.safetensors.index.json").unlink()
@@ -278,9 +373,7 @@ def test_many_problems_are_listed_at_once(artifacts: tuple[Path, ...], tmp_path:
         (lambda root: shutil.rmtree(root / "rank1"), 8, "rank1"),
     ],
 )
-def test_whole_files(
-    spoil: Callable[[Path], object], code: int, words: str, artifacts: tuple[Path, ...], tmp_path: Path
-) -> None:
+def test_whole_files(spoil: Callable[[Path], object], code: int, words: str, artifacts: tuple[Path, ...], tmp_path: Path) -> None:
     root = Path(shutil.copytree(artifacts[0], tmp_path / "out"))
     spoil(root)
     result = run("check", root)

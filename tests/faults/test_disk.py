@@ -98,6 +98,17 @@ def test_a_plan_that_cannot_fit_is_refused_and_leaves_nothing(zygote: Zygote, mo
         assert run.events()[-1]["problems"][0]["exit_code"] == 6
 
 
+def test_a_refused_overwrite_leaves_nothing_beside(zygote: Zygote, model: Path, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", 64 << 20) as disk:
+        root = disk / "out"
+        assert zygote.run(command("convert", model, root))[0] == 0
+        before = tree_digest(root)
+        remount(disk, "size=10m")
+        code, run = zygote.run(command("convert", model, root, "--tp", "1", "--overwrite"))
+        assert code == 6 and "nothing was written" in run.err.read_text()
+        assert os.listdir(disk) == ["out"] and tree_digest(root) == before
+
+
 @pytest.mark.parametrize("moment", ["before", "unfinished", "finished"])
 def test_a_read_only_disk(moment: str, zygote: Zygote, model: Path, clean: Mapping[str, Clean], tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", 64 << 20) as disk:

@@ -2,8 +2,8 @@
 
 Each child is a process of its own in a session of its own and runs the command line's entry with real standard streams. Requests
 come as JSON lines on stdin: `argv`, `out` and `err` (files), and optionally `failpoint` [name, count], `started` (a file that gets
-a line for each unit begun), `no_disk_check`, `no_reserve`, and `user` (whose rights it gets). The answers are the child's pid and
-then its wait status.
+a line for each unit begun), `no_disk_check`, `no_reserve`, `no_exchange`, and `user` (whose rights it gets). The answers are the
+child's pid and then its wait status.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAUSE_SECONDS = 0.004  # before each traced unit, so that a small model is at wo
 
 
 def _adjust(request: dict[str, Any]) -> None:
-    from mxconv.artifact import failpoints, parts
+    from mxconv.artifact import failpoints, output, parts
     from mxconv.execute import run
 
     if request.get("failpoint"):
@@ -28,6 +28,8 @@ def _adjust(request: dict[str, Any]) -> None:
         run.require_disk = lambda plan, root: None
     if request.get("no_reserve"):
         parts.fallocate = os.ftruncate
+    if request.get("no_exchange"):
+        output.exchange = lambda a, b: False
     if request.get("started"):
         log = os.open(request["started"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         run_unit = run._run_unit
