@@ -1,8 +1,8 @@
 """The grouped GEMM for many tokens an expert: two blocks of rows of w share every block of tokens.
 
 The same sums as `moe_gemm`, launched where tokens fill large blocks and the L2 is what limits: a program holds two accumulators of
-BLOCK_N × BLOCK_T, for rows n … and n + distance …, and the float32 sum of a step stands in registers for one of them at a time, so
-that 256 × 128 outputs fit. GATED: the second block is the up rows of the first one's gate rows, and what is stored is silu(gate)·up.
+BLOCK_N × BLOCK_T, for rows n … and n + distance …, and the float32 sum of a step stands in registers for one of them at a time:
+256 × 128 outputs fit. GATED: the second block is the up rows of the first one's gate rows, and what is stored is silu(gate)·up.
 """
 
 import triton
@@ -17,7 +17,7 @@ def _step(w_at, xv, WEIGHT: tl.constexpr, SWAP: tl.constexpr, NATIVE: tl.constex
     """The sum over one step: [BLOCK_N, BLOCK_T] (or its transpose) of 128 inputs."""
     codes = operand(tl.load(w_at), WEIGHT, NATIVE)
     if SWAP:
-        partial = tl.dot(codes, tl.trans(xv), out_dtype=tl.int32 if WEIGHT == "int4_int8" else tl.float32)
+        partial = tl.dot(codes, tl.trans(xv))
     else:
         partial = tl.dot(xv, tl.trans(codes))
     return partial
@@ -92,7 +92,11 @@ def wide_gemm_kernel(
     other = tl.zeros((BLOCK_N, BLOCK_T) if SWAP else (BLOCK_T, BLOCK_N), SUM)
     for k in tl.range(0, steps, num_stages=STAGES):
         xv = tl.load(x + x_off)
-        if SCALES == "flat":
+        if WEIGHT == "int4_int8":  # exact: nothing to take out of the tensor cores before the end
+            xt = tl.trans(xv)
+            acc = tl.dot(operand(tl.load(w_base + w_off), WEIGHT, NATIVE), xt, acc, out_dtype=tl.int32)
+            other = tl.dot(operand(tl.load(w_base + w_apart + w_off), WEIGHT, NATIVE), xt, other, out_dtype=tl.int32)
+        elif SCALES == "flat":
             acc += _step(w_base + w_off, xv, WEIGHT, SWAP, NATIVE)
             other += _step(w_base + w_apart + w_off, xv, WEIGHT, SWAP, NATIVE)
         else:
