@@ -6,6 +6,7 @@ On the host a lane holds no more than the plan counts for a unit; on the device 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -26,6 +27,8 @@ from mxconv.quantize.schemes import Scheme
 
 DEVICE_BLOCKS = 16
 """Blocks that fit a lane beside its outputs: those that travel, and what the reference makes of one where there are no kernels."""
+EVEN_ROWS = 128
+"""Blocks of a multiple of it keep every access of the kernels whole words, and need one compiled kernel instead of many."""
 DEVICE_SHARE = 0.9
 """Of the device's free memory that lanes may take; the allocator leaves gaps."""
 
@@ -105,7 +108,7 @@ class OnDevice:
 
     def __init__(self, lane: Lane, encoder: Encoder) -> None:
         self._lane, self._encoder = lane, encoder
-        self.rows_multiple, self.passes = encoder.rows_multiple, encoder.passes
+        self.rows_multiple, self.passes = math.lcm(encoder.rows_multiple, EVEN_ROWS), encoder.passes
         self.keeps = encoder.passes == 2
         self.room: Callable[[int], Raw] | None = lane.room
 
