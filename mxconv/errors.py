@@ -148,6 +148,49 @@ class Problems(MxconvError):
         return "\n".join([f"{len(first)} problems:", *(f"  - {problem.render()}".replace("\n", "\n    ") for problem in first)])
 
 
+MAX_LISTED = 20
+MAX_KEPT = 1000
+
+
+class Listed:
+    """Problems as they are found: at most `MAX_LISTED` of a kind are kept, the rest counted, since a file can hold a million."""
+
+    def __init__(self) -> None:
+        self._kept: list[MxconvError] = []
+        self._counts: dict[tuple[type[MxconvError], str], int] = {}
+        self._rest: dict[type[MxconvError], int] = {}
+
+    def add(
+        self, problem: type[MxconvError], what: str, name: object = None, *, where: object = None, expected: object = None,
+        got: object = None, hint: str | None = None,
+    ) -> None:  # fmt: skip
+        """One more. `what` is the same for all of a kind; `{}` in it stands for `name`, which is made printable."""
+        count = self._counts[problem, what] = self._counts.get((problem, what), 0) + 1
+        if count <= MAX_LISTED:
+            told = what.replace("{}", printable(name)) if name is not None else what
+            self._kept.append(problem(told, where=where, expected=expected, got=got, hint=hint))
+
+    def extend(self, problems: Iterable[MxconvError]) -> None:
+        """Problems that were listed before, as those of a file's header."""
+        for problem in problems:
+            if len(self._kept) < MAX_KEPT:
+                self._kept.append(problem)
+            else:
+                self._rest[type(problem)] = self._rest.get(type(problem), 0) + 1
+
+    def problems(self) -> tuple[MxconvError, ...]:
+        """All that are kept, then a line for each kind that had more."""
+        more = []
+        for (problem, what), count in self._counts.items():
+            left = count - MAX_LISTED
+            if left > 0:
+                more.append(problem(what.replace("{}", f"… and {left} more") if "{}" in what else f"{what}: {left} more"))
+        return (*self._kept, *more, *(problem(f"{count} more problems of this kind") for problem, count in self._rest.items()))
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+
 def raise_all(problems: Iterable[MxconvError]) -> None:
     """Raise nothing, the only problem, or `Problems` of them all."""
     found = list(problems)

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from mxconv import errors
-from mxconv.errors import MalformedInput, MxconvError, NumericError, Problems, UsageError, printable, raise_all
+from mxconv.errors import (
+    IncompleteInput,
+    Listed,
+    MalformedInput,
+    MxconvError,
+    NumericError,
+    Problems,
+    ResourceError,
+    UsageError,
+    printable,
+    raise_all,
+)
 
 CODES = {
     "MxconvError": 1, "UsageError": 2, "MalformedInput": 3, "IncompleteInput": 4, "OutputConflict": 5, "ResourceError": 6,
@@ -48,3 +59,18 @@ def test_raise_all_raises_what_there_is() -> None:
     with pytest.raises(Problems, match="one") as caught:
         raise_all(iter([UsageError("one"), MxconvError("two")]))
     assert len(caught.value.problems) == 2
+
+
+def test_listed_keeps_twenty_of_a_kind_and_counts_the_rest() -> None:
+    found = Listed()
+    assert not found
+    for i in range(30):
+        found.add(MalformedInput, "tensor {} is wrong", f"t\x1b{i}")
+        found.add(IncompleteInput, "tensor is missing", where=f"m{i}")
+    found.add(IncompleteInput, "tensor {} is wrong", "other kind")
+    told = [problem.render() for problem in found.problems()]
+    assert len(told) == 43 and told[0] == "tensor t\\x1b0 is wrong" and told[1] == "m0: tensor is missing"
+    assert told[-2:] == ["tensor … and 10 more is wrong", "tensor is missing: 10 more"]
+    assert [type(problem) for problem in found.problems()[-2:]] == [MalformedInput, IncompleteInput]
+    found.extend([ResourceError("x")] * 2000)
+    assert len(found.problems()) == 1003 and found.problems()[-1].render() == "1041 more problems of this kind"

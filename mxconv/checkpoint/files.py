@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +39,30 @@ class ReadFile:
     entries: tuple[Entry, ...]
     data_start: int
     problems: tuple[MxconvError, ...]
+
+
+class HeaderBudget:
+    """Bytes of headers that may still be read from one folder; thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left, self._lock = limit_bytes, threading.Lock()
+        self.exceeded = False
+
+    def take(self, count_bytes: int) -> bool:
+        """Whether a header of this size may be read."""
+        with self._lock:
+            self._left -= count_bytes
+            self.exceeded |= self._left < 0
+            return self._left >= 0
+
+
+def special_kind(path: Path) -> str | None:
+    """What `path`, links followed, is if it is neither a regular file nor a folder: "a FIFO", "a socket", "a device"."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    return None if stat.S_ISDIR(mode) else _SPECIAL.get(stat.S_IFMT(mode))
 
 
 def check_inside(root: Path, path: Path) -> None:
@@ -96,7 +121,7 @@ def _length_problem(head: bytes, size: int, path: Path) -> MxconvError | None:
     return None
 
 
-def _read_open(fd: int, path: Path, relative: str) -> ReadFile:
+def _read_open(fd: int, path: Path, relative: str, budget: HeaderBudget | None) -> ReadFile:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         raise MalformedInput(f"shard is {_SPECIAL.get(stat.S_IFMT(info.st_mode), 'no regular file')}", where=path)
@@ -106,6 +131,8 @@ def _read_open(fd: int, path: Path, relative: str) -> ReadFile:
     if wrong is not None:
         raise wrong
     length = int.from_bytes(head[:8], "little")
+    if budget is not None and not budget.take(length):
+        return ReadFile(file=None, entries=(), data_start=0, problems=())  # told once, for the folder
     text = _pread(fd, length, 8, path)
     header = parse_header(text, str(path))
     problems = list(header.problems)
@@ -131,22 +158,26 @@ def _failed(problem: MxconvError) -> ReadFile:
     return ReadFile(file=None, entries=(), data_start=0, problems=(problem,))
 
 
-def read_file(folder: Path, root: Path, relative: str) -> ReadFile | None:
-    """The header of `folder`/`relative`, problems collected; None when there is no such file; `root` is the real folder."""
+def read_file(folder: Path, root: Path, relative: str, budget: HeaderBudget | None = None) -> ReadFile | None:
+    """The header of `folder`/`relative`, problems collected; None when there is no such file; `root` is the real folder.
+
+    `file` is None without a problem when the header is beyond the `budget`, which remembers it.
+    """
     path = folder / relative
     try:
         fd = os.open(path, OPEN_FLAGS)
         try:
             check_inside(root, path)
-            return _read_open(fd, path, relative)
+            return _read_open(fd, path, relative, budget)
         finally:
             os.close(fd)
     except FileNotFoundError:
         return _missing(root, path)
     except MxconvError as error:
         return _failed(error)
-    except OSError as error:
-        return _failed(open_error(error, path))
+    except OSError as error:  # a socket cannot even be opened
+        special = special_kind(path)
+        return _failed(MalformedInput(f"shard is {special}", where=path) if special else open_error(error, path))
 
 
 def _missing(root: Path, path: Path) -> ReadFile | None:

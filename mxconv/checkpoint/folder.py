@@ -5,38 +5,33 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mxconv.checkpoint.files import ReadFile, check_inside, read_file
+from mxconv.checkpoint.files import HeaderBudget, ReadFile, check_inside, read_file, special_kind
+from mxconv.checkpoint.headers import MAX_HEADER_BYTES
 from mxconv.checkpoint.stored import Shards, StoredFile, StoredTensor
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, printable, reading_failed
+from mxconv.errors import MAX_LISTED, IncompleteInput, Listed, MalformedInput, MxconvError, printable, reading_failed
 from mxconv.jsonfiles import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_LISTED = 20
 _READERS = 8
+MAX_HEADERS_BYTES = MAX_HEADER_BYTES
+"""Of all shards of a folder: a parsed header takes ten times its size of memory. MiniMax-M1 has 1 MB in 413 files."""
 
 
 @dataclass(slots=True)
 class _Finds:
     """What one look at a folder collects."""
 
-    problems: list[MxconvError] = field(default_factory=list)
+    problems: Listed = field(default_factory=Listed)
     notes: list[str] = field(default_factory=list)
-
-    def each(self, names: Iterable[str], problem: type[MxconvError], what: str, where: Path) -> None:
-        """One problem a name, `what` with the name in it; after `MAX_LISTED` a line with their number."""
-        listed = sorted(names)
-        self.problems += [problem(what.format(printable(name)), where=where) for name in listed[:MAX_LISTED]]
-        if len(listed) > MAX_LISTED:
-            self.problems.append(problem(what.format(f"… and {len(listed) - MAX_LISTED} more"), where=where))
 
 
 def path_problem(value: object) -> str | None:
@@ -59,36 +54,39 @@ def _read_index(folder: Path, root: Path, finds: _Finds) -> tuple[dict[str, str]
         check_inside(root, path)
         raw = read_json(path)
     except MxconvError as error:
-        finds.problems.append(error)
+        finds.problems.extend([error])
         return {}, MappingProxyType({})
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     metadata = raw.get("metadata", {}) if isinstance(raw, dict) else {}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
-        finds.problems.append(MalformedInput("index is not {metadata: {…}, weight_map: {tensor: file}}", where=path))
+        finds.problems.add(MalformedInput, "index is not {metadata: {…}, weight_map: {tensor: file}}", where=path)
         return {}, MappingProxyType({})
     if not weight_map:
-        finds.problems.append(IncompleteInput("index names no tensor", where=path))
-    good, bad = {}, []
+        finds.problems.add(IncompleteInput, "index names no tensor", where=path)
+    good = {}
     reasons = {file: path_problem(file) for file in weight_map.values() if isinstance(file, str)}
     for name, file in weight_map.items():
         if not name.isprintable():
-            bad.append((name, "", "a tensor name holds control or escape characters"))
+            finds.problems.add(MalformedInput, "a tensor name holds control or escape characters", where=path, got=repr(name))
         elif reason := reasons[file] if isinstance(file, str) else path_problem(file):
-            bad.append((name, file, f"weight_map: the file of tensor {name!r} {reason}"))
+            what = f"weight_map: the file of tensor {{}} {reason}"
+            finds.problems.add(MalformedInput, what, repr(name), where=path, got=repr(file))
         else:
             good[name] = file
-    for name, file, what in bad[:MAX_LISTED]:
-        finds.problems.append(MalformedInput(printable(what), where=path, got=repr(file) if file != "" else repr(name)))
-    if len(bad) > MAX_LISTED:
-        finds.problems.append(MalformedInput(f"{len(bad) - MAX_LISTED} more weight_map entries are wrong", where=path))
     return good, MappingProxyType(metadata)
 
 
-def _read_files(folder: Path, root: Path, names: list[str]) -> list[ReadFile | None]:
+def _read_files(folder: Path, root: Path, names: list[str], finds: _Finds) -> list[ReadFile | None]:
+    budget = HeaderBudget(MAX_HEADERS_BYTES)
     if len(names) < _READERS:
-        return [read_file(folder, root, name) for name in names]
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda name: read_file(folder, root, name), names))
+        read = [read_file(folder, root, name, budget) for name in names]
+    else:
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = list(pool.map(lambda name: read_file(folder, root, name, budget), names))
+    if budget.exceeded:
+        what, expected = "the headers of its shards are larger than any checkpoint's", f"at most {MAX_HEADERS_BYTES} bytes together"
+        finds.problems.add(MalformedInput, what, where=folder, expected=expected)
+    return read
 
 
 def _collect(
@@ -101,13 +99,13 @@ def _collect(
     for name, result in zip(names, read, strict=True):
         if result is None:
             continue
-        finds.problems += result.problems
+        finds.problems.extend(result.problems)
         if result.file is None:
             continue
         for entry in result.entries:
             if entry.name in holder:
-                what = f"tensor {printable(repr(entry.name))} is in two shards"
-                finds.problems.append(MalformedInput(what, where=result.file.path, got=f"also in {holder[entry.name]}"))
+                also = f"also in {holder[entry.name]}"
+                finds.problems.add(MalformedInput, "tensor {} is in two shards", repr(entry.name), where=result.file.path, got=also)
                 continue
             holder[entry.name] = name
             tensors[entry.name] = StoredTensor(
@@ -123,34 +121,25 @@ def _compare(
     """Index against headers. Tensors of files that could not be read are not reported again one by one."""
     counts = Counter(index.values())
     for name in missing:
-        finds.problems.append(
-            IncompleteInput(
-                f"shard is missing: the index puts {counts[name]} tensors into it", where=folder / name, hint="download the file"
-            )
-        )
-    absent: dict[str, list[str]] = {}
-    for tensor, file in index.items():
-        if file in usable and holder.get(tensor) != file:
-            absent.setdefault(file, []).append(tensor)
-    for file, tensors in sorted(absent.items()):
-        finds.each(tensors, IncompleteInput, "tensor {} is not in the shard that the index names", folder / file)
-    extra: dict[str, list[str]] = {}
-    for tensor, file in holder.items():
-        if tensor not in index:
-            extra.setdefault(file, []).append(tensor)
-    for file, tensors in sorted(extra.items()):
-        finds.each(tensors, IncompleteInput, "tensor {} is in the shard but not in the index", folder / file)
+        what, hint = f"shard is missing: the index puts {counts[name]} tensors into it", "download the file"
+        finds.problems.add(IncompleteInput, what, where=folder / name, hint=hint)
+    absent = sorted((file, tensor) for tensor, file in index.items() if file in usable and holder.get(tensor) != file)
+    for file, tensor in absent:
+        finds.problems.add(IncompleteInput, "tensor {} is not in the shard that the index names", tensor, where=folder / file)
+    extra = sorted((file, tensor) for tensor, file in holder.items() if tensor not in index)
+    for file, tensor in extra:
+        finds.problems.add(IncompleteInput, "tensor {} is in the shard but not in the index", tensor, where=folder / file)
 
 
 def _listing(folder: Path, finds: _Finds) -> list[str] | None:
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
-        finds.problems.append(IncompleteInput("folder is missing", where=folder))
+        finds.problems.add(IncompleteInput, "folder is missing", where=folder)
     except NotADirectoryError:
-        finds.problems.append(MalformedInput("not a folder", where=folder, hint="give the folder of a Hugging Face checkpoint"))
+        finds.problems.add(MalformedInput, "not a folder", where=folder, hint="give the folder of a Hugging Face checkpoint")
     except OSError as error:
-        finds.problems.append(reading_failed(error, folder, "folder"))
+        finds.problems.extend([reading_failed(error, folder, "folder")])
     return None
 
 
@@ -171,14 +160,24 @@ def _nothing_to_read(folder: Path, names: list[str]) -> MxconvError:
     )
 
 
-def _note_ignored(names: list[str], used: set[str], finds: _Finds) -> None:
+def _note_ignored(folder: Path, names: list[str], used: set[str], finds: _Finds) -> None:
+    kinds: dict[str, list[str]] = {}
     for name in names:
-        if name.endswith(PICKLE_SUFFIXES) and name not in used:
-            finds.notes.append(f"{printable(name)}: ignored, pickle files are never unpickled")
+        if name in used:
+            continue
+        special = special_kind(folder / name)
+        if special is not None:
+            kinds.setdefault(f"it is {special}", []).append(name)
+        elif name.endswith(PICKLE_SUFFIXES):
+            kinds.setdefault("pickle files are never unpickled", []).append(name)
         elif name.endswith(".py"):
-            finds.notes.append(f"{printable(name)}: ignored, code in a checkpoint is never imported")
-        elif name.endswith(".safetensors") and name not in used:
-            finds.notes.append(f"{printable(name)}: ignored, no index names it")
+            kinds.setdefault("code in a checkpoint is never imported", []).append(name)
+        elif name.endswith(".safetensors"):
+            kinds.setdefault("no index names it", []).append(name)
+    for reason, found in kinds.items():
+        finds.notes += [f"{printable(name)}: ignored, {reason}" for name in found[:MAX_LISTED]]
+        if len(found) > MAX_LISTED:
+            finds.notes.append(f"{len(found) - MAX_LISTED} more files are ignored: {reason}")
 
 
 def read_shards(folder: Path) -> Shards:
@@ -201,10 +200,10 @@ def read_shards(folder: Path) -> Shards:
     elif SINGLE_NAME in listing:
         names = [SINGLE_NAME]
     else:
-        finds.problems.append(_nothing_to_read(folder, listing))
+        finds.problems.extend([_nothing_to_read(folder, listing)])
         names = []
-    _note_ignored(listing, set(names), finds)
-    read = _read_files(folder, root, names)
+    _note_ignored(folder, listing, set(names), finds)
+    read = _read_files(folder, root, names, finds)
     files, tensors, holder = _collect(names, read, finds)
     missing = [name for name, result in zip(names, read, strict=True) if result is None]
     present = len(missing) < len(names)
@@ -225,7 +224,7 @@ def _shards(
     return Shards(
         folder=folder, files=tuple(files), tensors=MappingProxyType(tensors),
         index=None if index is None else MappingProxyType(index), index_metadata=metadata,
-        problems=tuple(finds.problems), notes=tuple(finds.notes), present=present,
+        problems=finds.problems.problems(), notes=tuple(finds.notes), present=present,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mxconv.config import FULL, LINEAR, ModelConfig
-from mxconv.errors import IncompleteInput, MalformedInput, MxconvError, UsageError
+from mxconv.errors import IncompleteInput, Listed, MalformedInput, MxconvError, UsageError
 from mxconv.mapping.containers import SIDE_BY_SIDE, STACK, Container, Dims, Part, parse_axes
 from mxconv.mapping.fastdeploy import VOCABULARY_MULTIPLE
 from mxconv.mapping.parameters import ROLES, Parameter, parameter
@@ -178,7 +178,7 @@ def bind(
     containers: list[Container] = []
     rules: dict[str, Rule] = {}
     dropped: dict[str, str] = {}
-    problems: list[MxconvError] = []
+    problems = Listed()
     holders: dict[str, list[tuple[Container, Part]]] = {name: [] for name in wanted}
     for rank, tensors in enumerate(ranks):
         held: set[str] = set()
@@ -186,13 +186,13 @@ def bind(
             where = _mismatch(rank, len(ranks), name)
             found = table.match(name)
             if found is None:
-                problems.append(_unexpected(where))
+                _unexpected(problems, where)
                 continue
             rule, numbers = found
             layer, expert = numbers.get("l"), numbers.get("e")
             beyond = layer is not None and layer >= config.num_layers
             if beyond or (rule.layers and config.layer_types[layer or 0] != rule.layers):
-                problems.append(_unexpected(where))
+                _unexpected(problems, where)
                 continue
             if rule.dropped:
                 dropped[name] = rule.dropped
@@ -201,24 +201,24 @@ def bind(
             if expert is None or expert < config.num_experts:
                 container = container_of(rule, config, layer, expert, rank, len(ranks), spec.dtype)
             if container is None or not {part.parameter for part in container.parts} <= wanted:
-                problems.append(_unexpected(where))
+                _unexpected(problems, where)
                 continue
-            problems += _spec_problems(container, spec, where)
+            _check_spec(problems, container, spec, where)
             rules[name] = rule
             containers.append(container)
             for part in container.parts:
                 if part.parameter in held:
-                    problems.append(MalformedInput("two tensors hold the same weights", where=where, got=part.parameter))
+                    problems.add(MalformedInput, "two tensors hold the same weights", where=where, got=part.parameter)
                 held.add(part.parameter)
                 holders[part.parameter].append((container, part))
         held |= _held_by(table, config, unread[rank] if unread else ())
-        problems += _missing(table, config, [param for param in params if param.name not in held], rank, len(ranks))
+        _check_missing(problems, table, config, [param for param in params if param.name not in held], rank, len(ranks))
     return Bound(
         containers=tuple(containers),
         holders={name: tuple(found) for name, found in holders.items()},
         rules=rules,
         dropped=dropped,
-        problems=tuple(problems),
+        problems=problems.problems(),
     )
 
 
@@ -233,34 +233,21 @@ def _held_by(table: Table, config: ModelConfig, names: Iterable[str]) -> set[str
     return held
 
 
-def _unexpected(where: str) -> IncompleteInput:
-    return IncompleteInput(
-        "tensor is not one of this model's",
-        where=where,
-        hint="--drop PATTERN leaves a tensor out on purpose, and the manifest says so",
-    )
+def _unexpected(problems: Listed, where: str) -> None:
+    hint = "--drop PATTERN leaves a tensor out on purpose, and the manifest says so"
+    problems.add(IncompleteInput, "tensor is not one of this model's", where=where, hint=hint)
 
 
-def _spec_problems(container: Container, spec: TensorSpec, where: str) -> list[MxconvError]:
-    problems: list[MxconvError] = []
+def _check_spec(problems: Listed, container: Container, spec: TensorSpec, where: str) -> None:
+    expected, got = list(container.shape), list(spec.shape)
     if _only_experts_differ(container, spec.shape):
-        problems.append(
-            IncompleteInput(
-                "tensor is for another number of experts than the config says", where=where, expected=list(container.shape),
-                got=list(spec.shape),
-            )
-        )  # fmt: skip
+        what = "tensor is for another number of experts than the config says"
+        problems.add(IncompleteInput, what, where=where, expected=expected, got=got)
     elif spec.shape != container.shape:
-        problems.append(
-            MalformedInput(
-                "tensor has another shape than the config says", where=where, expected=list(container.shape), got=list(spec.shape)
-            )
-        )
+        problems.add(MalformedInput, "tensor has another shape than the config says", where=where, expected=expected, got=got)
     if spec.dtype not in FLOAT_DTYPES:
-        problems.append(
-            MalformedInput("weight has a dtype that is no weight's", where=where, expected="BF16, F16, F32 or F64", got=spec.dtype)
-        )
-    return problems
+        what = "weight has a dtype that is no weight's"
+        problems.add(MalformedInput, what, where=where, expected="BF16, F16, F32 or F64", got=spec.dtype)
 
 
 def _only_experts_differ(container: Container, shape: tuple[int, ...]) -> bool:
@@ -271,29 +258,26 @@ def _only_experts_differ(container: Container, shape: tuple[int, ...]) -> bool:
     return all(dims == (STACK,) for stored, wanted, dims in sizes if stored != wanted)
 
 
-def _missing(table: Table, config: ModelConfig, params: Sequence[Parameter], rank: int, ranks: int) -> list[MxconvError]:
+def _check_missing(
+    problems: Listed, table: Table, config: ModelConfig, params: Sequence[Parameter], rank: int, ranks: int
+) -> None:
     """One problem for each missing tensor, but experts of a layer counted together."""
     names: dict[str, Parameter] = {}
     for param in params:
         rule = table.by_role[param.role, FULL if param.full_attention else LINEAR]
         names.setdefault(fill(rule.pattern, param.layer, param.expert), param)
-    problems: list[MxconvError] = []
-    experts: dict[int, set[int]] = {}
+    experts: dict[int, dict[int, str]] = {}
     for name, param in names.items():
         if param.expert is not None and param.layer is not None:
-            experts.setdefault(param.layer, set()).add(param.expert)
+            experts.setdefault(param.layer, {}).setdefault(param.expert, name)
         else:
-            problems.append(IncompleteInput("tensor is missing", where=_mismatch(rank, ranks, name)))
+            problems.add(IncompleteInput, "tensor is missing", where=_mismatch(rank, ranks, name))
     for layer, lost in experts.items():
-        have = config.num_experts - len(lost)
-        first = next(name for name, param in names.items() if param.layer == layer and param.expert == min(lost))
-        problems.append(
-            IncompleteInput(
-                f"layer {layer}: have {have} of {config.num_experts} experts whole", where=_mismatch(rank, ranks, first),
-                expected="every expert of the config", got=f"missing or incomplete: {_few(lost)}",
-            )
+        problems.add(
+            IncompleteInput, f"layer {{}}: have {config.num_experts - len(lost)} of {config.num_experts} experts whole", layer,
+            where=_mismatch(rank, ranks, lost[min(lost)]), expected="every expert of the config",
+            got=f"missing or incomplete: {_few(lost)}",
         )  # fmt: skip
-    return problems
 
 
 def _few(numbers: Iterable[int], limit: int = 8) -> str:

@@ -104,7 +104,7 @@ def test_special_file_as_shard(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
         path.symlink_to("/dev/zero")
     problem = only(read_shards(tmp_path))
     assert problem.exit_code == 3
-    assert {"fifo": "FIFO", "directory": "directory", "socket": "opened", "device": "out of"}[kind] in problem.render()
+    assert {"fifo": "FIFO", "directory": "directory", "socket": "a socket", "device": "out of"}[kind] in problem.render()
 
 
 BAD_PATHS = [
@@ -200,6 +200,51 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
     index = {f"t{i}": "model-1.safetensors" for i in range(100)}
     shards = read_shards(write_sharded(tmp_path, {"model-1.safetensors": {"t0": b"x"}}, index))
     assert len(shards.problems) == 21 and "79 more" in shards.problems[-1].render()
+
+
+def test_lists_stay_short_whatever_a_folder_holds(tmp_path: Path) -> None:
+    """One header of 3,000 tensors under 40 names, an index of as many wrong and missing files, a crowd of files beside them."""
+    many = write_sharded(tmp_path, {"m0.safetensors": {f"t{i}": b"x" for i in range(3000)}})
+    for i in range(1, 40):
+        (many / f"m{i}.safetensors").symlink_to("m0.safetensors")
+        (many / f"pipe{i}").touch() if i < 5 else os.mkfifo(many / f"pipe{i}")
+        (many / f"code{i}.py").touch()
+        (many / f"b{i}.safetensors").write_bytes(file_bytes({f"b{j}": {**entry(), "z": 1} for j in range(50)}, b"1234"))
+    index = {f"x{i}": f"m{i % 40}.safetensors" for i in range(2000)} | {f"y{i}": f"gone{i}.safetensors" for i in range(500)}
+    index |= {f"z{i}": "../m" for i in range(500)} | {f"b{i}": f"b{i}.safetensors" for i in range(1, 40)}
+    (many / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shards = read_shards(many)
+    told = [problem.render() for problem in shards.problems]
+    assert len(told) < 1200 and len("\n".join(told)) < 300_000 and len(shards.notes) < 50
+    for words in ("116980 more is in two", "480 more is not a plain path", "shard is missing", "more tensors of this header"):
+        assert any(words in line for line in told), words
+    assert any("15 more" in note and "FIFO" in note for note in shards.notes)
+
+
+def test_headers_that_are_too_much_together_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = write_sharded(tmp_path, {f"m{i}.safetensors": {f"t{i}": b"x"} for i in range(20)})
+    size = sum(int.from_bytes(path.read_bytes()[:8], "little") for path in right.glob("*.safetensors"))
+    monkeypatch.setattr("mxconv.checkpoint.folder.MAX_HEADERS_BYTES", size)
+    assert not read_shards(right).problems
+    monkeypatch.setattr("mxconv.checkpoint.folder.MAX_HEADERS_BYTES", size - 1)
+    problem = only(read_shards(right))
+    assert problem.exit_code == 3 and f"at most {size - 1} bytes together" in problem.render()
+
+
+def test_what_is_no_file_is_noted(tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path, TWO)
+    os.mkfifo(folder / "a-pipe")
+    os.mkfifo(folder / "b.safetensors")
+    (folder / "c-device").symlink_to("/dev/null")
+    (folder / "d-folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "e-socket"))
+    shards = read_shards(folder)
+    assert not shards.problems
+    assert shards.notes == (
+        "a-pipe: ignored, it is a FIFO", "b.safetensors: ignored, it is a FIFO", "c-device: ignored, it is a device",
+        "e-socket: ignored, it is a socket",
+    )  # fmt: skip
 
 
 def test_links_inside_the_folder_and_into_the_hub_cache_are_fine(tmp_path: Path) -> None:

@@ -196,3 +196,14 @@ def test_folder_names_that_are_no_utf8(folders: dict[str, Path], tmp_path: Path)
     assert lines[0]["source"] == str(source.resolve())
     for command in (("inspect", f"{source}3"), ("convert", source, out), ("convert", source, out, "--json")):
         assert run(*command).code in (4, 5)
+
+
+def test_a_header_full_of_tensors_that_are_no_models_stays_a_short_answer(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(folders["m1"], tmp_path / "source"))
+    for path in (*source.glob("*.safetensors"), source / INDEX):
+        path.unlink(missing_ok=True)
+    layers = {f"model.layers.0.self_attn.k_proj.{i}": b"x" for i in range(1500)}  # no rule, no rule, no such layer
+    write_sharded(source, {f"m{j}.safetensors": {f"{j}{name}": data for name, data in layers.items()} for j in range(2)})
+    for command in ("inspect", "convert", "quantize"):
+        result = run(command, source, *([tmp_path / "out"] if command != "inspect" else []))
+        assert result.code == 4 and "2980 more" in result.err and len(result.err) < 40_000, len(result.err)
