@@ -8,6 +8,7 @@ asks at the end and lets another path decide.
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from mxconv.quantize.packing import store_codes, stored_codes_shape
 from mxconv.quantize.rotation import divide, rotation_divisor
 from mxconv.quantize.schemes import FP8_BLOCK, Scheme
 
+# A kernel is compiled at its first launch: by one thread, while others that want it wait.
+_LAUNCHING = threading.Lock()
 # Columns that any granularity but a smaller group shares a scale within, and that a rotation of 32 divides.
 CHUNK = 128
 LARGEST_SPAN = 1024
@@ -191,7 +194,8 @@ class GpuEncoder:
 
     def _launch(self, kernel: Any, programs: int, shape: Shape, *arguments: Any, **constants: Any) -> None:
         """Products and sums must round apart: no fused multiply-add but those that a kernel asks for."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with _LAUNCHING, on_device:
             kernel[(programs,)](*arguments, **constants, **shape.launch, enable_fp_fusion=False)
 
     def _check_rows(self, rows: Tensor) -> None:
