@@ -14,7 +14,6 @@ The model code knows `Group` alone, so that it is the same code either way.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -95,14 +94,11 @@ class ProcessRanks:
     """`size` ranks over the processes of `group` (None: the default group), `size` / processes neighbouring ones in each.
 
     `settle` runs what computes a partial result, and may raise in all processes what failed in one, so that none is left waiting.
-    `seconds` counts the time spent communicating once `timed` is set; on a GPU that waits for the device before and after.
     """
 
     group: dist.ProcessGroup | None
     size: int
     settle: Callable[[Callable[[], Tensor]], Tensor] = nothing_to_settle
-    timed: bool = False
-    seconds: float = 0.0
     ranks: range = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,14 +107,10 @@ class ProcessRanks:
     def sum(self, partial: Callable[[int], Tensor]) -> Tensor:
         """See `Group.sum`."""
         mine = self.settle(lambda: self._parts(partial))
-        began = self._clock(mine)
-        if mine.is_cuda:
-            dist.all_reduce(mine, group=self.group)
-            total = mine
-        else:
-            total = self._in_order(mine)
-        self._count(began, total)
-        return total
+        if not mine.is_cuda:
+            return self._in_order(mine)
+        dist.all_reduce(mine, group=self.group)
+        return mine
 
     def _parts(self, partial: Callable[[int], Tensor]) -> Tensor:
         """Partial results of this process's ranks: on a GPU their sum, on the CPU one behind the other, [ranks, …]."""
@@ -148,25 +140,11 @@ class ProcessRanks:
         """See `Group.share`."""
         mine = rank in self.ranks
         value = self.settle(lambda: compute().contiguous() if mine else like.new_empty(tuple(shape)))
-        began = self._clock(value)
         owner = rank // len(self.ranks)
         if math.prod(shape):
-            group = self.group
-            source = owner if group is None else dist.get_global_rank(group, owner)
-            dist.broadcast(value if value.is_cuda else _bytes(value), source, group=group)
-        self._count(began, value)
+            source = owner if self.group is None else dist.get_global_rank(self.group, owner)
+            dist.broadcast(value if value.is_cuda else _bytes(value), source, group=self.group)
         return value
-
-    def _clock(self, tensor: Tensor) -> float:
-        if not self.timed:
-            return 0.0
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        return time.perf_counter()
-
-    def _count(self, began: float, tensor: Tensor) -> None:
-        if self.timed:
-            self.seconds += self._clock(tensor) - began
 
 
 def _bytes(tensor: Tensor) -> Tensor:
