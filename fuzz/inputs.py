@@ -18,7 +18,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import atheris
 
@@ -28,9 +27,8 @@ sys.path.insert(0, str(REPOSITORY))
 with atheris.instrument_imports(include=["mxconv"]):
     from mxconv.artifact.manifest import parse_manifest, render
     from mxconv.checkpoint import parse_header, read_shards
-    from mxconv.config import parse_config
+    from mxconv.config import read_config
     from mxconv.errors import MxconvError
-    from mxconv.jsonfiles import read_json
 
 import safetensors  # noqa: E402
 
@@ -80,8 +78,7 @@ def config(data: bytes) -> None:
     path = SCRATCH / "config.json"
     path.write_bytes(data)
     try:
-        raw: Any = read_json(path)
-        parse_config(raw, "config.json")
+        read_config(path.parent)
     except MxconvError as error:
         for each in getattr(error, "problems", (error,)):
             allowed(each)
@@ -98,7 +95,7 @@ def manifest(data: bytes) -> None:
         parse_manifest(render(sealed), sealed, "manifest.json")
     except MxconvError as error:
         allowed(error)
-    except (ValueError, RecursionError):  # read_json's part, which refuses what is no JSON
+    except (ValueError, RecursionError):  # the reader's part, which refuses what is no JSON
         pass
 
 
@@ -132,7 +129,8 @@ def main() -> None:
         sys.exit(f"usage: {sys.argv[0]} {'|'.join(TARGETS)} [-max_total_time=SECONDS] [corpus]")
     target = sys.argv.pop(1)
     write_sharded(SCRATCH, {"model-1.safetensors": {"a": b"12", "b": b"3"}, "model-2.safetensors": {"c": b"456"}})
-    atheris.Setup([*sys.argv, "-max_len=4096", str(seeds(target))], TARGETS[target])
+    again = any(Path(word).is_file() for word in sys.argv[1:])
+    atheris.Setup([*sys.argv, "-max_len=4096", *([] if again else [str(seeds(target))])], TARGETS[target])
     atheris.Fuzz()
 
 
