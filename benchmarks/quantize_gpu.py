@@ -157,23 +157,20 @@ def peers(name: str, scheme: Scheme, projection: str, w: Tensor, codes: Tensor, 
 
 def sweep_points() -> Iterator[tuple[str, str, gpu.Shape]]:
     """(case, table, shape)."""
-    for r, lanes, steps in [(16, 4, 4), (8, 4, 4), (32, 4, 4), (16, 8, 2), (8, 8, 2)]:
-        yield "int4 g128", "INT4", gpu.Shape(rows=r, lanes=lanes, steps=steps)
-    rotated = [(32, 4, 4), (16, 4, 4), (8, 4, 4), (32, 2, 8), (64, 2, 8), (16, 2, 8), (16, 8, 2)]
-    for (r, lanes, steps), registers in itertools.product(rotated, (None, 128)):
+    for (r, lanes, steps), registers in itertools.product([(8, 4, 4), (16, 4, 4), (16, 2, 8)], (None, 80, 64)):
+        yield "int4 g128", "INT4", gpu.Shape(rows=r, lanes=lanes, steps=steps, registers=registers)
+    for (r, lanes, steps), registers in itertools.product([(8, 4, 4), (16, 4, 4), (16, 2, 8)], (None, 80, 128)):
         yield "int4 g128, H_128", "INT4_ROTATED", gpu.Shape(rows=r, lanes=lanes, steps=steps, registers=registers)
-    for (r, lanes, steps), registers in itertools.product([(8, 16, 8), (4, 16, 8), (16, 16, 8)], (None, 128)):
-        yield "int4 g128, H_1024", "INT4_ROTATED", gpu.Shape(rows=r, lanes=lanes, steps=steps, registers=registers)
+    for r, registers in itertools.product((8, 16), (None, 128)):
+        yield "int4 g128, H_1024", "INT4_ROTATED", gpu.Shape(rows=r, lanes=16, steps=8, registers=registers)
     for (lanes, steps), registers in itertools.product([(4, 4), (8, 2)], (None, 80)):
         yield "fp8 128×128", "BLOCK", gpu.Shape(rows=32, lanes=lanes, steps=steps, registers=registers)
-    for r, lanes, steps in [(32, 4, 4), (32, 4, 2), (32, 4, 1), (16, 4, 2), (16, 4, 1), (64, 4, 1)]:
+    for r, lanes, steps in [(8, 4, 1), (8, 4, 2), (8, 4, 4), (16, 4, 2), (32, 4, 2)]:
         yield "fp8 tensor, H_32", "TENSOR", gpu.Shape(rows=r, lanes=lanes, steps=steps)
-    for case, shapes in {
-        "fp8 tensor, H_32": [(32, 4, 4), (64, 4, 4), (128, 4, 4)],
-        "int4 channel": [(32, 4, 4), (32, 8, 2)],
-    }.items():
-        for r, lanes, steps in shapes:
-            yield case, "ABSMAX", gpu.Shape(rows=r, lanes=lanes, steps=steps)
+    for case, (r, lanes, steps) in itertools.product(
+        ("fp8 tensor, H_32", "int4 channel"), [(8, 4, 4), (16, 4, 4), (32, 4, 4), (64, 4, 4)]
+    ):
+        yield case, "ABSMAX", gpu.Shape(rows=r, lanes=lanes, steps=steps)
 
 
 def set_shape(table: str, shape: gpu.Shape) -> None:

@@ -55,17 +55,17 @@ class Shape:
 
 # The fastest on an H200 (benchmarks/quantize_gpu.py --sweep), by columns of a program.
 INT4 = {
-    128: Shape(rows=16, lanes=4, steps=4),
-    256: Shape(rows=16, lanes=8, steps=4),
-    512: Shape(rows=16, lanes=16, steps=4),
+    128: Shape(rows=8, lanes=4, steps=4),
+    256: Shape(rows=8, lanes=8, steps=4),
+    512: Shape(rows=8, lanes=16, steps=4),
     1024: Shape(rows=8, lanes=16, steps=8),
 }
-INT4_ROTATED = dict(INT4)
+INT4_ROTATED = {**INT4, 1024: Shape(rows=8, lanes=16, steps=8, registers=128)}
 BLOCK = Shape(rows=FP8_BLOCK // 4, lanes=4, steps=4)
-TENSOR = Shape(rows=32, lanes=4, steps=2)
+TENSOR = Shape(rows=16, lanes=4, steps=2)
 # Here `rows` are single rows, not fours.
 ABSMAX = {
-    128: Shape(rows=32, lanes=4, steps=4),
+    128: Shape(rows=64, lanes=4, steps=4),
     256: Shape(rows=32, lanes=8, steps=4),
     512: Shape(rows=16, lanes=16, steps=4),
     1024: Shape(rows=8, lanes=16, steps=8),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxconv.dispatch import triton_wanted
 from mxconv.errors import MxconvError, NumericError, ResourceError, UsageError
 from mxconv.execute import RunOptions, RunResult, quantize
 from mxconv.execute import places as places_module
@@ -160,7 +161,12 @@ def test_what_a_lane_holds_is_known_from_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kernels", ["", "torch", "triton"])
 def test_a_gpu_gives_the_same_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, kernels: str) -> None:
-    monkeypatch.setenv("MXCONV_KERNELS", kernels)
+    def wanted(operation: str, *arguments: Any, **shape: int) -> bool:
+        with monkeypatch.context() as patch:  # for the quantizer alone: calibration runs on the CPU
+            patch.setenv("MXCONV_KERNELS", kernels)
+            return triton_wanted(operation, *arguments, **shape)
+
+    monkeypatch.setattr(places_module, "triton_wanted", wanted)
     compare(tmp_path, scheme, "cuda", tp=4 if scheme == "w4afp8" else 1)
 
 
