@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,61 @@ def test_text_needs_a_tokenizer_and_ids_do_not(source: Path, demo: Path, tmp_pat
 def test_the_digest_sees_shape_and_values() -> None:
     assert len({tokens_digest(IDS), tokens_digest(IDS.reshape(1, -1)), tokens_digest(IDS + 1)}) == 3
     assert tokens_digest(IDS) == tokens_digest(IDS.astype(np.int64))
+
+
+def npy(shape: str, data: bytes = b"\1\0\0\0\0\0\0\0" * 4, dtype: str = "'<i8'") -> bytes:
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+BAD_IDS = {
+    "a header that claims terabytes": (npy("(10000000000000,)"), "80000000000000 bytes"),
+    "an overflowing shape": (npy(f"({1 << 40}, {1 << 40})"), "does not hold"),
+    "a negative axis": (npy("(-2, -2)"), "does not hold"),
+    "bytes trail": (npy("(3,)"), "24 bytes"),
+    "nested too deep": (npy("(" * 9000), "not a .npy file"),
+    "objects": (npy("(4,)", dtype="'|O'"), "not token ids"),
+    "floats": (npy("(4,)", dtype="'<f8'"), "not token ids"),
+    "records": (npy("(4,)", dtype="[('a', '<i8')]"), "not token ids"),
+    "a version of the future": (b"\x93NUMPY\x09\x00" + b"\0" * 64, "not a .npy file"),
+    "a zip": (b"PK\x03\x04" + b"\0" * 64, "not a .npy file"),
+    "nothing": (b"", "not a .npy file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDS)
+def test_ids_that_are_none_are_refused_before_memory_is_taken(case: str, tmp_path: Path) -> None:
+    content, words = BAD_IDS[case]
+    (tmp_path / "ids.npy").write_bytes(content)
+    with pytest.raises(MalformedInput, match=words.replace("(", ".")):
+        load_tokens(tmp_path, tmp_path / "ids.npy", 128)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i4", "<u2", "|i1"])
+def test_ids_of_every_integer_kind_and_order(dtype: str, tmp_path: Path) -> None:
+    right = np.asfortranarray(np.arange(24).reshape(4, 6)).astype(dtype, order="K")
+    np.save(tmp_path / "ids.npy", right)
+    found = load_tokens(tmp_path, tmp_path / "ids.npy", 128)
+    assert found.dtype == np.int32 and np.array_equal(found, right)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "ids.npy"])
+def test_calibration_from_what_is_no_file_of_a_size_is_refused_at_once(name: str, source: Path, tmp_path: Path) -> None:
+    from mxconv.calibrate import tokens
+
+    path = tmp_path / name
+    folder = Path(shutil.copytree(source, tmp_path / "source"))
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    with pytest.raises(IncompleteInput, match="no such file"):
+        load_tokens(folder, path, 128)
+    os.mkfifo(path)
+    with pytest.raises(MalformedInput, match="not a regular file"):
+        load_tokens(folder, path, 128)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 10**12)
+    with pytest.raises(MalformedInput, match="too large"):
+        load_tokens(folder, path, 128)
+    with pytest.raises(MalformedInput, match="more token ids"):
+        check_ids(np.zeros(tokens.MAX_TOKENS + 1, np.int8), 128, "x")
