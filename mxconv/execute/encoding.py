@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mxconv.calibrate import Statistics
-from mxconv.errors import MxconvError
+from mxconv.errors import MxconvError, NumericError
 from mxconv.execute.job import Done, Job
 from mxconv.execute.places import Place, Places
 from mxconv.execute.rawbits import Raw, raw_dtype, to_float32
@@ -61,19 +61,20 @@ def _encoded(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Codes of each rank in stored orientation, and the canonical scale of each source over all ranks, on the host.
 
-    What a GPU does not vouch for is read again and encoded on the CPU, which names what is wrong with it.
+    Encoding notices by itself when a weight is not finite. Then, and when a GPU does not vouch for what it did, the unit is read
+    again, looked at and encoded on the CPU, which names what is wrong with it.
     """
-    projection = unit.projection or ""
+    projection, shape = unit.projection or "", sources[0].shape
     dtypes = {container.dtype for param in sources for container, _ in reader.source.bound.holders[param.name]}
-    if places.on_device and len(dtypes) == 1:
-        findings.scan = False
-        place = places.place(scheme, projection, sources[0].shape, _torch_dtype(dtypes.pop()))
-        found = _encode(unit, place, scheme, sources, reader, findings)
-        if found is not None:
-            return found
+    findings.scan = False
+    try:
+        first = places.place(scheme, projection, shape, _torch_dtype(dtypes.pop())) if len(dtypes) == 1 else None
+        found = _encode(unit, first or places.host(scheme, projection, shape), scheme, sources, reader, findings)
+    except NumericError:
+        found = None
+    if found is None:
         findings.begin_again()
-    host = places.host(scheme, projection, sources[0].shape)
-    found = _encode(unit, host, scheme, sources, reader, findings)
+        found = _encode(unit, places.host(scheme, projection, shape), scheme, sources, reader, findings)
     if found is None:
         raise MxconvError("weights were not encoded", where=unit.id)
     return found
@@ -119,7 +120,7 @@ def _all_rows(
         if place.keeps:
             yield from kept
             return
-    for slot, start, rows in _read(place, sources, reader, Findings() if place.passes == 2 else findings):
+    for slot, start, rows in _read(place, sources, reader, Findings(scan=False) if place.passes == 2 else findings):
         if not findings.bad:
             yield slot, start, place.put(rows)
 

@@ -55,6 +55,8 @@ def gpu_played_by_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     lanes: list[Any] = []
 
     def place(self: Places, scheme: Any, projection: str, shape: Sequence[int], dtype: torch.dtype) -> Place:
+        if not self.on_device:
+            return self.host(scheme, projection, shape)
         lanes.append(CpuLane())
         out_features, in_features = shape
         return OnDevice(lanes[-1], PlainEncoder(scheme, projection, out_features, in_features, torch.device("cpu")))
