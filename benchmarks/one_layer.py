@@ -134,7 +134,7 @@ class Bench:
     def decode(self, index: int) -> Any:
         """A step of the layer for all slots, captured where that can be."""
         pool, slots = self.pools[index], self.options.slots
-        x = hidden(self.model.config, slots, self.device).to(self.dtype).transpose(0, 1).contiguous()
+        x = hidden(self.model.config, slots, self.device).to(self.dtype).view(slots, 1, -1)
         ids = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
         active = torch.ones(slots, dtype=torch.bool, device=self.device)
 

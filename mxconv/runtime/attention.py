@@ -17,7 +17,7 @@ from mxconv.dispatch import triton_wanted
 from mxconv.runtime.batch import Batch
 from mxconv.runtime.cache import Past
 from mxconv.runtime.lightning import LightningDecay
-from mxconv.runtime.linear import arranged
+from mxconv.runtime.linear import arranged, project
 from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import scale_by_rms, statistics_dtype
 from mxconv.runtime.parallel import Group
@@ -57,7 +57,7 @@ class LightningAttention:
 
         def partial(rank: int) -> Tensor:
             normed = scale_by_rms(heads[rank], mean_square, self.norms[rank])
-            return F.linear(normed * torch.sigmoid(gates[rank]), self.outputs[rank])
+            return project(normed * torch.sigmoid(gates[rank]), self.outputs[rank])
 
         return self.group.sum(partial)
 
@@ -88,7 +88,7 @@ class LightningAttention:
     def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Past | None) -> tuple[Tensor, Tensor]:
         """(attention output, output gate before its sigmoid), both [B, T, N·D], of one rank."""
         decay = self.decays[rank]
-        fused = F.linear(h, self.inputs[rank])
+        fused = project(h, self.inputs[rank])
         width = fused.shape[-1] // 4
         states, slots = None, None
         if cache is not None:
@@ -114,11 +114,11 @@ class SoftmaxAttention:
 
     def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, H] → [B, T, H]."""
-        return self.group.sum(lambda rank: F.linear(self._attend(rank, h, batch, cache), self.outputs[rank]))
+        return self.group.sum(lambda rank: project(self._attend(rank, h, batch, cache), self.outputs[rank]))
 
     def _attend(self, rank: int, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, N·D] of one rank."""
-        fused = F.linear(h, self.inputs[rank]).unflatten(-1, (-1, self.head_dim))
+        fused = project(h, self.inputs[rank]).unflatten(-1, (-1, self.head_dim))
         keys = (fused.shape[2] - self.heads) // 2
         q, k = rotated(fused[:, :, : self.heads + keys], batch.rope).split((self.heads, keys), dim=2)
         v = fused[:, :, self.heads + keys :]

@@ -42,7 +42,8 @@ class DecoderLayer:
             raise UsageError("unknown way to treat activations", expected=" or ".join(ACTIVATIONS), got=repr(activations))
         h = rms_norm(x, self.attn_norm, self.eps)
         update = attend_in_chunks(self.attention, h, batch, cache)
-        x, h = add_rms_norm(h if self.postnorm else x, update, self.attention_factors, self.mlp_norm, self.eps)
+        residual, keep = (h, False) if self.postnorm else (x, True)
+        x, h = add_rms_norm(residual, update, self.attention_factors, self.mlp_norm, self.eps, keep=keep)
         return add(h if self.postnorm else x, self.feed_forward(h, batch.mask, activations, observer), self.mlp_factors)
 
     def release(self) -> None:

@@ -49,6 +49,11 @@ def arranged(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t() if weight.shape[0] > weight.shape[1] else weight.contiguous()
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, T, in] · weightᵀ [B, T, out] as one product of all tokens; torch may multiply sequence by sequence when T is 1."""
+    return F.linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
+
+
 class Linear:
     """x·wᵀ with an unquantized weight [out, in]; activations are never quantized."""
 

@@ -39,13 +39,13 @@ def add(residual: Tensor, update: Tensor, factors: tuple[float, float]) -> Tenso
 
 
 def add_rms_norm(
-    residual: Tensor, update: Tensor, factors: tuple[float, float], weight: Tensor, eps: float
+    residual: Tensor, update: Tensor, factors: tuple[float, float], weight: Tensor, eps: float, *, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(x, its norm) of x = alpha·residual + beta·update."""
+    """(x, its norm) of x = alpha·residual + beta·update; without `keep` the first means nothing."""
     if triton_wanted("residual_norm", update.device, update.dtype, hidden=update.shape[-1]):
         from mxconv.runtime.kernels.residual_norm import residual_norm
 
-        return residual_norm(residual, update, factors, weight, eps, keep=True)
+        return residual_norm(residual, update, factors, weight, eps, keep=keep)
     x = add(residual, update, factors)
     return x, rms_norm(x, weight, eps)
 

@@ -70,7 +70,7 @@ MISTAKES = {
     "not renormalised": M(moe, "FeedForward", "top = top / top.sum(-1, keepdim=True)", "pass"),
     "gate and up exchanged": M(moe, "gated", "gate, up = up_gate", "up, gate = up_gate"),
     "coefficient the other way": M(moe, "FeedForward", "y * (1 - mixed) + beside * mixed", "y * mixed + beside * (1 - mixed)"),
-    "residual before the norm": M(layer, "DecoderLayer", "add_rms_norm(h if self.postnorm else x", "add_rms_norm(x"),
+    "residual before the norm": M(layer, "DecoderLayer", "(h, False) if self.postnorm else (x, True)", "(x, True)"),
     "mlp residual before the norm": M(layer, "DecoderLayer",
                                       "return add(h if self.postnorm else x", "return add(x"),
     "hidden norm eps": M(norm, "rms_norm", "F.rms_norm(x, weight.shape, weight, eps)",
