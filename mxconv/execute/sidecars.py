@@ -17,7 +17,7 @@ from mxconv.artifact.names import MANIFEST_NAME
 from mxconv.artifact.small import SmallFile, look_at
 from mxconv.calibrate import FILE_NAME, TOKENS_NAME, Statistics
 from mxconv.checkpoint import INDEX_NAME
-from mxconv.errors import IntegrityError, MxconvError
+from mxconv.errors import IntegrityError, MxconvError, reading_failed
 from mxconv.jsonfiles import parse_json
 from mxconv.plan.values import Plan
 from mxconv.source import Source
@@ -61,27 +61,33 @@ def look_beside(source: Source) -> Beside:
     """The small files of `source` as they are now; nothing is raised, see `Beside.problems`."""
     problems: list[MxconvError] = []
 
-    def look(path: Path, told: list[MxconvError]) -> SmallFile | None:
+    def look(path: Path) -> SmallFile | None:
         try:
-            return look_at(path) if os.path.lexists(path) else None
-        except MxconvError as error:
-            told.append(error)
+            os.lstat(path)  # not `lexists`, for which a file on a failing disk is not there
+            return look_at(path)
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            problems.append(reading_failed(error, path))
+        except MxconvError as error:
+            problems.append(error)
+        return None
 
     indexes = [(shards.folder / INDEX_NAME).relative_to(source.root).as_posix() for shards in source.ranks]
-    planned = [*indexes, *([MANIFEST_NAME] if source.manifest is not None else [])]
-    seen = {path: look(source.root / path, []) for path in planned}  # their problems are the source's, told already
-    config = seen[CONFIG_NAME] = look(source.root / CONFIG_NAME, problems)
-    copied = {name: look(source.root / name, problems) for name in SIDECAR_NAMES}
+    planned = [CONFIG_NAME, *indexes, *([MANIFEST_NAME] if source.manifest is not None else [])]
+    seen = {path: look(source.root / path) for path in planned}
+    copied = {name: look(source.root / name) for name in SIDECAR_NAMES}
+    config = seen[CONFIG_NAME]
     try:
         if config is not None and _text(parse_json(config.read(), config.path)) != _text(dict(source.config.raw)):
             raise IntegrityError("the source changed while it was opened", where=source.root / CONFIG_NAME)
     except MxconvError as error:
         problems.append(error)
+    told = {problem.render() for problem in source.problems}
     return Beside(
         copied=MappingProxyType({name: file for name, file in copied.items() if file is not None}),
         planned_from=MappingProxyType({path: file for path, file in seen.items() if file is not None}),
-        problems=tuple(problems),
+        problems=tuple(problem for problem in problems if problem.render() not in told),
     )
 
 
