@@ -58,7 +58,7 @@ class Matrix:
         self.scheme, self.kind, self.n, self.k = scheme, kind_of(scheme), n, k
         self.codes = torch.empty(experts, n // ROWS, k // STEP, ROWS, tile_bytes(self.kind), dtype=torch.int8, device=device)
         group = scheme.group_size or STEP
-        shape = {"group": (k // group, n), "block": (-(-n // FP8_BLOCK), k // FP8_BLOCK), "channel": (n,), "tensor": (1,)}
+        shape = {"group": (n // ROWS, k // group, ROWS), "block": (-(-n // FP8_BLOCK), k // FP8_BLOCK), "channel": (n,), "tensor": (1,)}
         self.scale = torch.empty(experts, *shape[scheme.granularity], device=device)
         self.stored = torch.ones(experts, device=device)
         self.expert_scale = torch.ones(experts, device=device)

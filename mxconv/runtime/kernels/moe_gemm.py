@@ -107,7 +107,7 @@ def grouped_gemm_kernel(
 ):  # fmt: skip
     """See the file. x [R, K] codes; w int8 [E, N/64, K/128, 64, 64 | 128]; out [splits, assignments, N] in its own dtype.
 
-    scales float32 [E, K/(128·GROUP_STEPS), N] for `group`, [E, ⌈N/128⌉, K/128] for `block` with token_group_scales [R, K/128];
+    scales float32 [E, N/64, K/(128·GROUP_STEPS), 64] for `group`, [E, ⌈N/128⌉, K/128] for `block` with token_group_scales [R, K/128];
     row_scale [E, N]; token_scale [R]; expert_scale [E]. PER_TOKEN 0: row s of x is the sorted assignment s; else its row is
     order[s] // PER_TOKEN, order int32 [assignments]: a row a token, or with 1 a row an assignment. GATED: a program takes BLOCK_N/2
     gate rows and their up rows, and out is silu(gate)·up [assignments, N/2], with K not split.
@@ -141,7 +141,9 @@ def grouped_gemm_kernel(
     x_base = x + begin * 128
     x_off = row[:, None] * K + k128[None, :]
     if SCALES == "group":
-        s_base = scales + (expert * (steps // GROUP_STEPS) + begin // GROUP_STEPS) * N
+        groups = steps // GROUP_STEPS
+        s_base = scales + (expert * (N // 64) * groups + begin // GROUP_STEPS) * 64
+        s_off = n // 64 * groups * 64 + n % 64
     if SCALES == "block":
         # Each half of a program's rows lies in one block of 128: two numbers a step, where a vector would be one load a row.
         HALVES: tl.constexpr = GATED or BLOCK_N > 128
@@ -162,11 +164,11 @@ def grouped_gemm_kernel(
             else:
                 partial = tl.dot(xv, tl.trans(codes))
             if SCALES == "group":
-                acc += partial * tl.load(s_base + n)[:, None]
+                acc += partial * tl.load(s_base + s_off)[:, None]
                 if GROUP_STEPS == 1:
-                    s_base += N
+                    s_base += 64
                 else:
-                    s_base += tl.where((k + 1) % GROUP_STEPS == 0, N, 0)
+                    s_base += tl.where((k + 1) % GROUP_STEPS == 0, 64, 0)
             elif SCALES == "block":
                 if HALVES:
                     s = tl.where(i < BLOCK_N // 2, tl.load(low_at), tl.load(high_at))

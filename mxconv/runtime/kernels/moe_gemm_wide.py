@@ -83,8 +83,9 @@ def wide_gemm_kernel(
     w_apart = (distance // 64) * steps * (64 * BYTES)
     x_off = row[:, None] * K + k128[None, :]
     if SCALES == "group":
-        s_base = scales + expert * (steps // GROUP_STEPS) * N + start
-        s_apart, s_off = distance, i
+        groups = steps // GROUP_STEPS
+        s_base = scales + (expert * (N // 64) + start // 64) * groups * 64
+        s_apart, s_off = distance * groups, i // 64 * groups * 64 + i % 64
     else:
         s_base = scales + (expert * tl.cdiv(N, 128) + start // 128) * steps
         s_apart, s_off = (distance // 128) * steps, 0
@@ -113,9 +114,9 @@ def wide_gemm_kernel(
                 s_base += 1
                 a_at += 1
             elif GROUP_STEPS == 1:
-                s_base += N
+                s_base += 64
             else:
-                s_base += tl.where((k + 1) % GROUP_STEPS == 0, N, 0)
+                s_base += tl.where((k + 1) % GROUP_STEPS == 0, 64, 0)
         w_base += 64 * BYTES
         x += 128
     if EXPERT_SCALE:

@@ -6,7 +6,7 @@
     int4_e4m3  byte (n, j < 64): bits 0-2 |q[j]|, bit 7 its sign; bits 4-6 |q[64 + j]|, whose sign is bit 3 of the next byte of its
              four-byte word (of the first for the last): `w & 0x87878787` are then the low codes as e4m3 subnormals, and
              `rotr(w, 4) & 0x87878787` the high ones
-    scales   float32 as stored, only the order of axes differs: group [K/g, N], block [⌈N/128⌉, K/128], channel [N], tensor [1]
+    scales   float32 as stored, in the order of the tiles: group [N/64, K/g, 64], block [⌈N/128⌉, K/128], channel [N], tensor [1]
 
 N counts outputs (up_gate: gate then up), K inputs. `unpack_codes` and `unpack_scale` give back what was packed, bit for bit.
 """
@@ -74,12 +74,16 @@ def unpack_codes(packed: Tensor, kind: Kind) -> Tensor:
 
 
 def pack_scale(weight_scale: Tensor, scheme: Scheme) -> Tensor:
-    """The stored scale with its axes as the GEMM walks them: group [K/g, N], block [⌈N/128⌉, K/128], else as it is."""
-    stored = scheme.scale_orientation
-    wanted = {"group": "in,out", "block": "out,in"}.get(scheme.granularity, stored)
-    return weight_scale if wanted == stored else weight_scale.t().contiguous()
+    """The stored scale as the GEMM walks it: group [N/64, K/g, 64], block [⌈N/128⌉, K/128], else as it is."""
+    if scheme.granularity == "group":
+        by_row = weight_scale if scheme.scale_orientation == "out,in" else weight_scale.t()
+        return by_row.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
+    return weight_scale.t().contiguous() if scheme.granularity == "block" else weight_scale
 
 
 def unpack_scale(packed: Tensor, scheme: Scheme) -> Tensor:
     """The inverse of `pack_scale`."""
-    return pack_scale(packed, scheme)  # a transposition or nothing
+    if scheme.granularity == "group":
+        by_row = packed.transpose(1, 2).flatten(0, 1)
+        return by_row if scheme.scale_orientation == "out,in" else by_row.t()
+    return packed.t() if scheme.granularity == "block" else packed

@@ -50,7 +50,7 @@ def random_experts(scheme: Scheme, experts: int, hidden: int, intermediate: int,
 def random_inputs(tokens: int, hidden: int, experts: int, per_token: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """x float32 [T, H] of tokens of different size, one of many zero; chosen int64 and weights float32 [T, k], distinct experts."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=generator) * torch.logspace(-1, 0.5, tokens)[:, None]
+    x = torch.randn(tokens, hidden, generator=generator) * torch.logspace(0.5, -1, tokens)[:, None]
     if tokens > 2:
         x[tokens // 2] = 0.0
     chosen = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :per_token].contiguous()
