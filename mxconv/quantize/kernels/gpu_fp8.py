@@ -107,7 +107,7 @@ def fp8_block_kernel(
     scale = tl.where(scale == 0, 1.0, scale)
     inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
     tl.store(scales + tile, scale)
-    report(flags, tl.full([1], 0.0, tl.float32) + scale, LOW, HIGH)
+    report(flags, tl.full([1], 0.0, tl.float32) + scale, tl.full([1], 0.0, tl.float32) + scale, LOW, HIGH)
     for t in tl.static_range(STEPS):
         words = _words(
             widened(runs[t], L), widened(runs[STEPS + t], L), widened(runs[2 * STEPS + t], L),
@@ -153,7 +153,7 @@ def fp8_tensor_kernel(
     scale = tl.div_rn(scale, tl.full([], 448.0, tl.float32))
     scale = tl.where(scale == 0, 1.0, scale)
     inverse_scale = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
-    report(flags, tl.full([1], 0.0, tl.float32) + scale, LOW, HIGH)
+    report(flags, tl.full([1], 0.0, tl.float32) + scale, tl.full([1], 0.0, tl.float32) + scale, LOW, HIGH)
     n = first_row + 4 * tl.arange(0, R)
     for t in tl.static_range(STEPS):
         column = first_column + t * 8 * L

@@ -18,6 +18,7 @@ from mxconv.quantize.kernels.gpu_tiles import (
     divided,
     hadamard,
     interleaved,
+    largest_of,
     load_run,
     quotient,
     report,
@@ -53,17 +54,16 @@ def _codes(
 
 
 @triton.jit
-def _gathered(words, bytes_, shift, COUNT: tl.constexpr):
+def _gathered(words, bytes_, COUNT: tl.constexpr):
     out = ()
     for i in tl.static_range(COUNT):
-        out = out + (words[i] + (bytes_[i] << shift),)
+        out = out + ((words[i] << 8) + bytes_[i],)
     return out
 
 
 @triton.jit
-def _store_scale(scales, flags, scale, n, rows, k, width, group, groups, root, LOG2: tl.constexpr):
-    """Report a scale [R], and store what belongs to it; of a group that several programs see the one with its first column does."""
-    report(flags, scale, LOW, HIGH)
+def _store_scale(scales, scale, n, rows, k, width, group, groups, root, LOG2: tl.constexpr):
+    """Store what belongs to a scale [R]; of a group that several programs see the one with its first column does."""
     if LOG2 > 0:
         scale = tl.div_rn(scale, tl.zeros_like(scale) + root)
     limit = tl.where(k % group == 0, tl.where(k < width, rows, 0), 0)
@@ -96,8 +96,10 @@ def int4_kernel(
     words = ()
     for _ in tl.static_range(COUNT // 2):
         words = words + (tl.zeros([R, L], tl.int32),)
+    least = tl.full([R], 1.0, tl.float32)  # all scales of a program; 1 is one that any may have
+    most = tl.full([R], 1.0, tl.float32)
     for q in range(4):
-        n = first_row + 4 * i + q
+        n = first_row + 4 * i + (3 - q)  # the last row first: its byte is the highest
         values = ()
         for t in tl.static_range(STEPS):
             values = values + widened(load_run(weights, n, rows, column + t * 8 * L, width, L, MASKED), L)
@@ -113,11 +115,13 @@ def int4_kernel(
                 scale = tl.div_rn(scale, tl.zeros([R], tl.float32) + root)
             scale = tl.where(scale == 0, 1.0, scale)
             inverse_scale = tl.div_rn(tl.full([R], 1.0, tl.float32), scale)
-            _store_scale(scales, flags, scale, n, rows, k, width, group, groups, root, LOG2)
+            least, most = tl.minimum(least, scale), largest_of(most, scale)
+            _store_scale(scales, scale, n, rows, k, width, group, groups, root, LOG2)
             bytes_ = bytes_ + _codes(
                 values, scale[:, None], inverse_scale[:, None], root, inverse, remainder, LOG2, EXACT, g * EACH, (g + 1) * EACH
             )
-        words = _gathered(words, bytes_, 8 * q, COUNT // 2)
+        words = _gathered(words, bytes_, COUNT // 2)
+    report(flags, least, most, LOW, HIGH)
     for t in tl.static_range(STEPS):
         block = interleaved(words[4 * t], words[4 * t + 1], words[4 * t + 2], words[4 * t + 3])
         block = (block - MAGIC_RESIDUE) ^ TWOS_COMPLEMENT

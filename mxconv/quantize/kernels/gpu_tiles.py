@@ -202,8 +202,11 @@ def store_words(codes, words, line, lines, first_row, rows, stride, WORDS: tl.co
 
 
 @triton.jit
-def report(flags, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """flags[0] = 1 when a scale is NaN or infinite, flags[1] = 1 when one leaves LOW … HIGH, between which `quotient` is exact."""
-    nowhere = tl.zeros_like(scale).to(tl.int32)
-    tl.store(flags + nowhere, 1, mask=(scale < float("inf")) == 0)
-    tl.store(flags + 1 + nowhere, 1, mask=((scale >= LOW) & (scale <= HIGH)) == 0)
+def report(flags, least, most, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """flags[0] = 1 when a scale is NaN or infinite, flags[1] = 1 when one leaves LOW … HIGH, between which `quotient` is exact.
+
+    least, most: the bounds of the scales that each element of the tiles stands for; `most` NaN where one is.
+    """
+    nowhere = tl.zeros_like(most).to(tl.int32)
+    tl.store(flags + nowhere, 1, mask=(most < float("inf")) == 0)
+    tl.store(flags + 1 + nowhere, 1, mask=((least >= LOW) & (most <= HIGH)) == 0)
