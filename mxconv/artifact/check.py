@@ -23,7 +23,7 @@ from mxconv.checkpoint.boxes import ShortRead, fill
 from mxconv.checkpoint.files import OPEN_FLAGS, check_inside, read_file
 from mxconv.checkpoint.folder import read_shards
 from mxconv.config import read_config
-from mxconv.errors import IncompleteInput, IntegrityError, MxconvError, ResourceError, printable, raise_all, reading_failed
+from mxconv.errors import IncompleteInput, IntegrityError, Listed, MxconvError, ResourceError, printable, raise_all, reading_failed
 from mxconv.progress import SILENT, Progress
 
 CHUNK_BYTES = 4 << 20
@@ -97,12 +97,12 @@ def check_artifact(root: Path, manifest: Manifest, *, workers: int | None = None
     progress.finish()
     left = leftovers(root, manifest)
     extra = strays(root, {*manifest.files, MANIFEST_NAME, RUN_LOG_NAME, *left})
-    problems += [
-        IntegrityError(f"{'folder' if path.endswith('/') else 'file'} is not in the manifest", where=root / path) for path in extra
-    ]
+    listed = Listed()
+    for path in extra:
+        listed.add(IntegrityError, f"{'folder' if path.endswith('/') else 'file'} is not in the manifest", where=root / path)
     return CheckReport(
         root=root, kind="artifact", files=len(facts), tensors=sum(len(fact.tensors) for fact in facts), size_bytes=total,
-        sha256=manifest.sha256, problems=(*fact_problems(manifest, str(root / MANIFEST_NAME)), *problems),
+        sha256=manifest.sha256, problems=(*fact_problems(manifest, str(root / MANIFEST_NAME)), *problems, *listed.problems()),
         notes=tuple(f"{path} is left of a run that was killed at its very end; --resume removes it" for path in left),
     )  # fmt: skip
 

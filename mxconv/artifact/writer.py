@@ -27,14 +27,13 @@ from mxconv.artifact.parts import FileHash, Parts, Region
 from mxconv.artifact.proof import Proof, prove
 from mxconv.artifact.system import sync_directory, writing
 from mxconv.artifact.tree import strays
-from mxconv.errors import IntegrityError, MxconvError, OutputConflict, raise_all
+from mxconv.errors import IntegrityError, Listed, MxconvError, OutputConflict, raise_all
 from mxconv.placement import PlacedFile
 from mxconv.progress import SILENT, Progress
 from mxconv.tensors import intersect
 
 FINISHERS = 2
 CHECK_SECONDS = 0.2
-MAX_LISTED = 20
 
 
 class ArtifactWriter:
@@ -159,13 +158,13 @@ class ArtifactWriter:
     def refuse_strays(self) -> None:
         """Raise OutputConflict for whatever lies in the folder and is of no run of this plan: `check` would refuse it later."""
         found = strays(self.output.work, own_paths(self._paths, self.output.plan_digest))
-        raise_all(
-            OutputConflict(
-                "something that is not of this run lies in the output folder", where=self.output.work / path,
+        listed = Listed()
+        for path in found:
+            listed.add(
+                OutputConflict, "something that is not of this run lies in the output folder", where=self.output.work / path,
                 hint="move it elsewhere, then run the same command again with --resume",
-            )
-            for path in found[:MAX_LISTED]
-        )  # fmt: skip
+            )  # fmt: skip
+        raise_all(listed.problems())
 
     def _record_paths(self) -> None:
         """Put on record, before any of it is there, what the run will write: so it is known for mxconv's if the run dies."""

@@ -314,3 +314,11 @@ def test_report_raises_all(pristine: Path, tmp_path: Path) -> None:
     with pytest.raises(MxconvError) as raised:
         check_folder(root).require()
     assert raised.value.exit_code == 8 and isinstance(raised.value, MxconvError) and not isinstance(raised.value, IntegrityError)
+
+
+def test_thousands_of_strays_are_counted_not_listed(pristine: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(pristine, tmp_path / "out")
+    for number in range(3000):
+        (root / f"stray{number}").touch()
+    problems = check_folder(root).problems
+    assert len(problems) < 50 and f"{3000 - len(problems) + 1} more" in problems[-1].render()
