@@ -3,11 +3,11 @@
     python benchmarks/tensor_parallel.py [--model FOLDER] [--sizes 1 2 4 8] [--schemes none w4afp8 …] [--parts layer load verify]
     python benchmarks/tensor_parallel.py --device cpu --shape small --tokens 512 --slots 4 --sizes 1 2
 
-A GPU and a process a rank, NCCL between them (gloo with `--device cpu`); a size for which there are too few GPUs is named and left out.
+A GPU and a process a rank, NCCL between them (gloo with `--device cpu`). A size with too few GPUs for it is named and left out.
 
-    layer   prefill of 32k tokens and decode of 64 slots, bf16 and each scheme, random weights: ms (the slowest rank), the share that
-            goes away when nothing is communicated (every rank computes the same and keeps its own part), speed-up over one GPU
-    load    an artifact of --model, every rank its own shard, out of the page cache's way: bytes, seconds, GB/s of all ranks together
+    layer   prefill of 32k tokens and decode of 64 slots, bf16 and each scheme, random weights: ms (the slowest rank), the share
+            that goes away when nothing is communicated (every rank keeps its own part of each sum), speed-up over one GPU
+    load    an artifact of --model, every rank its own shard, not from the page cache: bytes, seconds, GB/s of all together
     verify  `mxconv verify` of --model's artifacts by as many processes as ranks, beside one process: seconds, exit codes, whether
             every verdict is the same, and the relative L2 between TP n and TP 1 with activations unquantized
 """
@@ -311,48 +311,55 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_layer(sizes: list[int], options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of `layer`."""
+    print("| ranks | experts | layer | phase | ms | communication | speed-up over one |", flush=True)
+    single: dict[str, float] = {}
+    for size in sizes:
+        for row in attempted(f"{size} ranks", lambda size=size: list(layer_rows(size, options, single))) or ():
+            print(show_layer(row), flush=True)
+            yield row
+
+
+def run_load(sizes: list[int], options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of `load`."""
+    print("| ranks | experts | loaded MB | seconds | GB/s | own shards alone |", flush=True)
+    for size, scheme in ((size, scheme) for size in sizes for scheme in options.schemes):
+        row = attempted(f"{size} ranks, {scheme}", lambda a=size, b=scheme: load_row(a, b, options, folder))
+        if row:
+            rate, own = row["bytes"] / row["seconds"] / 1e9, "yes" if row["own_shard_only"] else "NO"
+            print(f"| {size} | {scheme} | {row['bytes'] / 1e6:.1f} | {row['seconds']:.2f} | {rate:.3f} | {own} |", flush=True)
+            yield row
+
+
+def run_verify(sizes: list[int], options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of `verify`."""
+    print("| ranks | experts | exit codes (1 process, n) | seconds (1, n) | same verdicts | L2 of TP n to 1 |", flush=True)
+    for size, scheme in ((size, scheme) for size in sizes if size > 1 for scheme in options.schemes):
+        row = attempted(f"{size} ranks, {scheme}", lambda a=size, b=scheme: verify_row(a, b, options, folder))
+        if row:
+            (one, many), (code, codes), same = row["seconds"], row["codes"], "yes" if row["same_verdicts"] else "NO"
+            print(f"| {size} | {scheme} | {code}, {codes} | {one:.1f}, {many:.1f} | {same} | {row['logits_l2']} |", flush=True)
+            yield row
+
+
+PARTS = {"layer": run_layer, "load": run_load, "verify": run_verify}
+
+
 def main() -> None:
     """Print every row as it is known."""
     options = parse()
     gpus = torch.cuda.device_count() if options.device == "cuda" else None
-    name = torch.cuda.get_device_name() if gpus else f"{len(os.sched_getaffinity(0))} CPU cores"
-    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name if not gpus else f'{gpus} × {name}'}", flush=True)
+    name = f"{gpus} × {torch.cuda.get_device_name()}" if gpus else f"{len(os.sched_getaffinity(0))} CPU cores"
+    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name}", flush=True)
     sizes = [size for size in options.sizes if gpus is None or size <= gpus]
     for size in sorted(set(options.sizes) - set(sizes)):
         print(f"{size} GPUs: not run, this machine has {gpus}", flush=True)
-    rows: dict[str, list[Any]] = {"layer": [], "load": [], "verify": []}
-    single: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        if "layer" in options.parts:
-            print("| ranks | experts | layer | phase | ms | communication | speed-up over one |", flush=True)
-            for size in sizes:
-                for row in attempted(f"{size} ranks", lambda size=size: list(layer_rows(size, options, single))) or ():
-                    rows["layer"].append(row)
-                    print(show_layer(row), flush=True)
-        if "load" in options.parts:
-            print("| ranks | experts | loaded MB | seconds | GB/s | own shards alone |", flush=True)
-            for size in sizes:
-                for scheme in options.schemes:
-                    row = attempted(f"{size} ranks, {scheme}", lambda a=size, b=scheme: load_row(a, b, options, folder))
-                    if row:
-                        rows["load"].append(row)
-                        rate = row["bytes"] / row["seconds"] / 1e9
-                        print(f"| {size} | {scheme} | {row['bytes'] / 1e6:.1f} | {row['seconds']:.2f} | {rate:.3f} "
-                              f"| {'yes' if row['own_shard_only'] else 'NO'} |", flush=True)  # fmt: skip
-        if "verify" in options.parts:
-            print("| ranks | experts | exit codes (1 process, n) | seconds (1, n) | same verdicts | L2 of TP n to TP 1 |", flush=True)
-            for size in (size for size in sizes if size > 1):
-                for scheme in options.schemes:
-                    row = attempted(f"{size} ranks, {scheme}", lambda a=size, b=scheme: verify_row(a, b, options, folder))
-                    if row:
-                        rows["verify"].append(row)
-                        one, many = row["seconds"]
-                        print(f"| {size} | {scheme} | {row['codes'][0]}, {row['codes'][1]} | {one:.1f}, {many:.1f} "
-                              f"| {'yes' if row['same_verdicts'] else 'NO'} | {row['logits_l2']} |", flush=True)  # fmt: skip
+        rows = {part: list(PARTS[part](sizes, options, Path(scratch))) for part in options.parts}
     if options.json:
         asked = {key: str(value) for key, value in vars(options).items()}
-        options.json.write_text(json.dumps({"options": asked, "machine": name, "gpus": gpus, **rows}, indent=1))
+        options.json.write_text(json.dumps({"options": asked, "machine": name, **rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def _fail(place: Membership, watch: Watch, error: BaseException) -> int:
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # this process is on its way out; what else is sent must not cut that short
         signal.signal(number, signal.SIG_IGN)
+    watch.resigned = True
     terminated = isinstance(error, Interrupted) and error.exit_code == EXIT_SIGTERM
     if terminated:
         watch.look_at_peers(time.monotonic())

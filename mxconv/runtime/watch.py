@@ -135,6 +135,8 @@ class Watch:
         self.lost_seconds, self.idle_seconds = LOST_SECONDS, IDLE_SECONDS
         self.ending = False
         """The main thread is on its way out: nothing is wrong any more but how long it takes."""
+        self.resigned = False
+        """The main thread waits for this one to say why it lost the others."""
         self._peers = {rank: _Peer() for rank in range(place.size) if rank != place.rank}
         self._main = threading.main_thread()
         self._stopped = threading.Event()
@@ -149,6 +151,7 @@ class Watch:
         """Begin, from the main thread: signals are noticed even while it waits in a collective."""
         me = _machine(), os.getpid(), start_of(os.getpid())
         self.store.set(f"who/{self.place.rank}", pickle.dumps(me))  # type: ignore[arg-type]
+        self.store.add(f"alive/{self.place.rank}", 1)
         self._before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._thread.start()
 
@@ -184,7 +187,8 @@ class Watch:
         self._look_at_signals(now)
         if not self.ending:
             self.look_at_peers(now)
-            self._look_at_myself(now)
+            if not self.resigned:
+                self._look_at_myself(now)
 
     def _follow(self, failure: Failure) -> None:
         """End because of `failure`: the speaker says it, the others give it the time to."""
@@ -212,7 +216,7 @@ class Watch:
             beats = self.store.add(f"alive/{rank}", 0)
             if beats != peer.beats:
                 peer.beats, peer.heard = beats, now
-            if beats and peer.who is None and self.store.check([f"who/{rank}"]):
+            if peer.who is None and self.store.check([f"who/{rank}"]):
                 peer.who = pickle.loads(self.store.get(f"who/{rank}"))
             lost = self._lost(rank, peer, now)
             if lost and not self.store.add(f"done/{rank}", 0):
