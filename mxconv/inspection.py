@@ -27,8 +27,8 @@ from mxconv.quantize.schemes import Scheme
 from mxconv.source import Source, open_source
 
 TP_SHOWN = (1, 2, 4, 8, 16)
-# Peak resident memory of an idle process with torch loaded, measured by benchmarks/memory.py: what comes on top of the units.
-BASE_BYTES = 350 << 20
+# What comes on top of the units: a process with and without torch (240 and 42 MiB measured), and a large model's plan and headers.
+BASE_BYTES, COPYING_BASE_BYTES = 350 << 20, 150 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,18 +112,21 @@ def _inspection(
     reasons = {n: tp_reasons(source, table, request.scheme, n) for n in shown} if table.ranked else {1: []}
     return Inspection(
         source=source, summary=summary(source), plan=plan, failure=failure, tp=reasons, scheme=request.scheme,
-        workers=workers, memory_bytes=memory_bytes, free_bytes=_free(output),
+        workers=workers, memory_bytes=memory_bytes, free_bytes=free_bytes(output),
     )  # fmt: skip
 
 
-def _free(output: Path | None) -> int | None:
+def free_bytes(output: Path | None) -> int | None:
     """Free bytes where the output will lie, None when nobody said where."""
     if output is None:
         return None
     folder = output
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:  # the run itself will say what is wrong there
+        return None
 
 
 def plan_facts(plan: Plan, workers: int, memory_bytes: int, free_bytes: int | None) -> dict[str, Any]:
@@ -143,7 +146,7 @@ def plan_facts(plan: Plan, workers: int, memory_bytes: int, free_bytes: int | No
         "read_bytes": plan.read_bytes,
         "largest_unit_bytes": plan.largest_unit_bytes,
         "workers": usable,
-        "memory_bytes": BASE_BYTES + usable * plan.largest_unit_bytes,
+        "memory_bytes": (COPYING_BASE_BYTES if scheme is None else BASE_BYTES) + usable * plan.largest_unit_bytes,
         "disk_bytes": plan.output_bytes,
         "free_bytes": free_bytes,
         "digest": plan.digest,
@@ -151,6 +154,13 @@ def plan_facts(plan: Plan, workers: int, memory_bytes: int, free_bytes: int | No
         "placement_digest": plan.placement_digest,
         "ignored_layers": list(plan.ignored_layers),
     }
+
+
+def needs_line(facts: Mapping[str, Any]) -> str:
+    """`needs: disk … · memory … · reads …` of `plan_facts`."""
+    disk = f"disk {size(facts['disk_bytes'])}" + ("" if facts["free_bytes"] is None else f" (free: {size(facts['free_bytes'])})")
+    memory = f"memory about {size(facts['memory_bytes'])} with {facts['workers']} workers"
+    return f"needs: {disk} · {memory} · reads {size(facts['read_bytes'])} once"
 
 
 def tp_line(tp: Mapping[int, Sequence[str]]) -> str:
@@ -252,11 +262,7 @@ def _render_plan(view: Inspection, console: Console) -> None:
         f"{what} to {facts['layout']}, tp {facts['tp']}: {plural(facts['tensors'], 'tensor')} in {plural(facts['files'], 'file')}, "
         f"{each} a rank, {size(facts['output_bytes'])} in all"
     )
-    disk = f"disk {size(facts['disk_bytes'])}" + ("" if view.free_bytes is None else f" (free: {size(view.free_bytes)})")
-    console.line(
-        f"needs: {disk} · memory about {size(facts['memory_bytes'])} with {facts['workers']} workers · "
-        f"reads {size(facts['read_bytes'])} once"
-    )
+    console.line(needs_line(facts))
     console.line(
         f"plan {facts['digest'][:16]} · numerics {facts['numerics_digest'][:16]} · placement {facts['placement_digest'][:16]}"
     )
@@ -310,4 +316,7 @@ def inspect_artifact(path: Path) -> ArtifactInspection | None:
     return ArtifactInspection(root=path, config=config, manifest=manifest)
 
 
-__all__ = ["ArtifactInspection", "Inspection", "inspect_artifact", "inspect_checkpoint", "inspect_prepared"]
+__all__ = [
+    "ArtifactInspection", "Inspection", "free_bytes", "inspect_artifact", "inspect_checkpoint", "inspect_prepared", "needs_line",
+    "plan_facts",
+]  # fmt: skip

@@ -124,6 +124,8 @@ def open_source(path: str | os.PathLike[str], *, drop: Sequence[str] = ()) -> So
                 "rank folders are missing", where=root, expected=f"{config.raw['mxconv'].get('tp')} ranks", got=len(ranks)
             )
         )
+    if not (root / "tokenizer.json").exists():
+        notes.append("no tokenizer.json lies beside the weights: what is made of them has none either; calibration takes token ids")
     names = [set(shards.tensors) | set(shards.index or {}) for shards in ranks]
     dense = config.num_experts == 1 and any(name in names[0] for name in DENSE_NAMES)
     dropped = _dropped(names, drop)

@@ -144,7 +144,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UsageError("text is not valid Unicode", where=f"character {error.start}", hint="give it in UTF-8") from None
         with _blaming(self.path):
-            return list(self._backend.encode(text, add_special_tokens=special).ids)
+            # a batch of one: unlike `encode` it lets other threads run meanwhile, so that a long text can be given up
+            return list(self._backend.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of `ids`; bytes that form no character become U+FFFD, ids that the tokenizer lacks nothing.

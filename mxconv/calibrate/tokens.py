@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mxconv.apart import run_apart
 from mxconv.data import calibration_text
 from mxconv.errors import IncompleteInput, MalformedInput, UsageError, printable
 from mxconv.jsonfiles import read_regular
@@ -37,7 +38,8 @@ def load_tokens(source: Path, calibration: Path | None, vocabulary: int, *, wind
             hint="token ids work without a tokenizer: --calibration ids.npy (integers, [windows, tokens] or 1-D)",
         )  # fmt: skip
     text = calibration_text() if calibration is None else read_text(calibration)
-    return check_ids(np.array(tokenizer.encode(text), dtype=np.int64), vocabulary, str(calibration or "the built-in text"), window)
+    ids = run_apart(lambda wanted: tokenizer.encode(text))  # 20 MB of text take half a minute
+    return check_ids(np.array(ids, dtype=np.int64), vocabulary, str(calibration or "the built-in text"), window)
 
 
 def read_text(path: Path) -> str:

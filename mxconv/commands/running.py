@@ -10,7 +10,7 @@ from mxconv.commands.common import require_one, write_plan
 from mxconv.console import Console
 from mxconv.draw import duration, rate, size
 from mxconv.execute import Prepared, RunOptions, execute
-from mxconv.inspection import inspect_prepared
+from mxconv.inspection import free_bytes, inspect_prepared, needs_line, plan_facts
 from mxconv.settings import Settings
 
 
@@ -33,6 +33,7 @@ def run_job(prepared: Prepared, output: Path, settings: Settings, console: Conso
         return 0
     for note in plan.notes:
         console.note(note)
+    console.note(needs_line(plan_facts(plan, settings.workers, settings.memory, free_bytes(output))))
     options = RunOptions(
         workers=settings.workers, memory_bytes=settings.memory, resume=flags["resume"], overwrite=flags["overwrite"],
         log={"source": str(prepared.source.root.resolve()), "settings": settings.log()}, device=settings.device,

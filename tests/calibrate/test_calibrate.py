@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from mxconv.calibrate import Statistics, read_statistics
 from mxconv.calibrate.observe import calibrate, rotations
 from mxconv.calibrate.tokens import check_ids, load_tokens, tokens_digest
 from mxconv.config import read_config
+from mxconv.data import calibration_text
 from mxconv.errors import IncompleteInput, MalformedInput, UsageError
 from mxconv.execute import quantize
 from mxconv.runtime import load
@@ -223,3 +227,28 @@ def test_calibration_from_what_is_no_file_of_a_size_is_refused_at_once(name: str
         load_tokens(folder, path, 128)
     with pytest.raises(MalformedInput, match="more token ids"):
         check_ids(np.zeros(tokens.MAX_TOKENS + 1, np.int8), 128, "x")
+
+
+def test_reading_a_long_text_can_be_given_up(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer lets other threads run while it works, and only such a one waits for it."""
+    from mxconv.calibrate import tokens
+
+    text, pauses = calibration_text() * 20, []
+    monkeypatch.setattr(tokens, "calibration_text", lambda: text)
+
+    def waits(work: Callable[[Callable[[], None]], Any]) -> Any:
+        ended: list[Any] = []
+        thread = threading.Thread(target=lambda: ended.append(work(lambda: None)))
+        began = last = time.monotonic()
+        thread.start()
+        while not ended:
+            time.sleep(0.001)
+            pauses.append(time.monotonic() - last)
+            last = time.monotonic()
+        pauses.append(last - began)
+        return ended[0]
+
+    monkeypatch.setattr(tokens, "run_apart", waits)
+    ids = load_tokens(demo, None, 1 << 20)
+    *between, whole = pauses
+    assert ids.size > 100_000 and max(between) < 0.7 * whole

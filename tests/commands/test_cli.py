@@ -75,6 +75,16 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert document["placement"]["tp"] == 1 and document["units"]
 
 
+@pytest.mark.parametrize(("command", "memory"), [("quantize", "398"), ("convert", "182")])
+def test_a_run_says_what_it_needs_before_its_first_byte(source: Path, tmp_path: Path, command: str, memory: str) -> None:
+    told = mxconv(command, source, tmp_path / "out", "--workers", "1", "--json").stdout
+    events = [json.loads(line) for line in told.splitlines()]
+    kinds = [event["event"] for event in events]
+    said = [event["text"] for event in events[: kinds.index("start")] if event["event"] == "note"]
+    needs = next(text for text in said if text.startswith("needs: "))
+    assert f"memory about {memory}." in needs and "with 1 workers" in needs and "(free: " in needs and "disk " in needs
+
+
 def test_a_run_reports_and_refuses_to_repeat_itself(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = mxconv("quantize", source, out, "--tp", "2", "--json")

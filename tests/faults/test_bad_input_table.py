@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mxconv.checkpoint import ByteReader, read_shards
 from tests.checkpoint.raw import entry, file_bytes
 from tests.faults.inprocess import run
 from tests.synthetic import make_checkpoint
@@ -46,13 +49,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """`spoil` a copy of checkpoint `base`; each of `commands` must end with `code` and say all of `words` on stderr or stdout."""
+    """`spoil` a copy of checkpoint `base`; each of `commands` must end with `code` and say all of `words` on stderr or stdout.
+
+    What is written must pass `check`, and `proof`, which gets the manifest and the folder.
+    """
 
     spoil: Callable[[Path], object]
     code: int
     words: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...] = COMMANDS
     base: str = "plain"
+    proof: Callable[[dict[str, Any], Path], object] | None = None
 
 
 def content(raw: bytes, name: str = SECOND) -> Callable[[Path], object]:
@@ -104,6 +111,20 @@ def linked_out(root: Path) -> None:
     (root / SECOND).symlink_to(root.parent / "outside.safetensors")
 
 
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("device nodes cannot be made here")
+
+
+def make_socket(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)  # a socket's path may have 107 bytes
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
+
+
 def hub_cache(root: Path) -> None:
     """Make `root` a snapshot of the hub cache: links into blobs beside it."""
     blobs = root.parent.parent / "blobs"
@@ -111,15 +132,6 @@ def hub_cache(root: Path) -> None:
     for path in list(root.iterdir()):
         shutil.move(path, blobs / f"b-{path.name}")
         path.symlink_to(Path("../../blobs") / f"b-{path.name}")
-
-
-def zeroed(rows: int) -> Callable[[dict[str, torch.Tensor]], object]:
-    """A scalar or empty tensor more, which belongs to no model and is dropped on purpose."""
-
-    def change(held: dict[str, torch.Tensor]) -> None:
-        held["extra.scalar"], held["extra.empty"] = torch.tensor(1.0), torch.zeros(rows, 3)
-
-    return change
 
 
 def nan(value: float, name: str = W2) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -140,6 +152,19 @@ def remote_code(root: Path) -> None:
     (root / "modeling_minimax_m1.py").write_text("raise SystemExit('imported')")
     (root / "extra.pt").write_bytes(b"\x80\x02.")
     config(auto_map={"AutoModelForCausalLM": "modeling_minimax_m1.MiniMaxM1ForCausalLM"})(root)
+
+
+def only_weights(body: dict[str, Any], out: Path) -> None:
+    assert {path.suffix for path in out.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".log"}
+    assert not any("auto_map" in path.read_text() for path in out.rglob("config.json"))
+
+
+def dropped_visual(body: dict[str, Any], out: Path) -> None:
+    assert list(body["dropped"]) == ["model.visual"] and body["request"]["drop"] == ["model.visual"]
+
+
+def kept_decay(body: dict[str, Any], out: Path) -> None:
+    assert body["request"]["keep_decay"] is True and body["warnings"]["kept_decay_layers"] == [0]
 
 
 def without_shards(root: Path) -> None:
@@ -185,22 +210,25 @@ ROWS: dict[str, Row] = {
     "control characters in a name": Row(header({"a\x1b[31m\n": A}), 3, ("control or escape", "\\x1b")),
     "control characters in the index": Row(index(lambda m: m.update({"a\x1b[2J": FIRST})), 3, ("control or escape", "\\x1b")),
     "unknown dtype": Row(header({"a": entry("F42")}), 3, ("tensor 'a'", "unknown dtype", "F42")),
-    "scalar and zero-size tensors": Row(
-        tensors(zeroed(0)), 0, ("",), ((*CONVERT, "--drop", "extra.*"), ("check", "{source}")),
-    ),
     "FIFO": Row(special(os.mkfifo), 3, ("FIFO", SECOND)),
     "directory": Row(special(os.mkdir), 3, ("directory", SECOND)),
-    "device": Row(special(lambda path: path.symlink_to("/dev/zero")), 3, ("out of the checkpoint folder",)),
+    "device": Row(special(make_device), 3, ("a device", SECOND)),
+    "socket": Row(special(make_socket), 3, ("a socket", SECOND)),
+    "link to a device": Row(special(lambda path: path.symlink_to("/dev/zero")), 3, ("out of the checkpoint folder", SECOND)),
+    "FIFO that no index names": Row(
+        lambda root: os.mkfifo(root / "pipe"), 0, ("pipe: ignored, it is a FIFO",),
+        (("inspect", "{source}"), ("check", "{source}"), (*CONVERT, "--dry-run"), CONVERT),
+    ),
     "weight_map ../": Row(index(lambda m: m.update({W2: "../x.safetensors"})), 3, (W2, "not a plain path")),
     "weight_map absolute": Row(index(lambda m: m.update({W2: "/etc/passwd"})), 3, (W2, "absolute")),
     "link out of the tree": Row(linked_out, 3, ("symbolic link leads out", SECOND)),
-    "the hub cache's links": Row(hub_cache, 0, ("",), ((*CONVERT, "--tp", "2"), ("check", "{source}"))),
+    "the hub cache's links": Row(hub_cache, 0, (), ((*CONVERT, "--tp", "2"), ("check", "{source}"))),
     "shard missing": Row(lambda root: (root / SECOND).unlink(), 4, ("shard is missing", SECOND, "tensors into it")),
     "key not in its shard": Row(index(lambda m: m.update({"ghost": SECOND})), 4, ("tensor ghost is not in the shard", SECOND)),
     "tensor not in the index": Row(index(lambda m: m.pop(W2)), 4, (W2, "in the shard but not in the index")),
     "same tensor in two shards": Row(in_two, 3, ("in two shards", FIRST)),
     "an index and no shard, looked at": Row(
-        without_shards, 0, ("", ), (("inspect", "{source}"), (*CONVERT, "--dry-run"), (*QUANTIZE, "--dry-run")),
+        without_shards, 0, ("note: no shards here",), (("inspect", "{source}"), (*CONVERT, "--dry-run"), (*QUANTIZE, "--dry-run")),
     ),
     "an index and no shard, converted": Row(without_shards, 4, ("only an index",), (CONVERT, QUANTIZE)),
     "an index and no shard, verified": Row(
@@ -213,7 +241,8 @@ ROWS: dict[str, Row] = {
         tensors(lambda t: t.update({"model.visual": torch.ones(3)})), 4, ("model.visual", "--drop"), (CONVERT, QUANTIZE),
     ),
     "unexpected tensor, dropped": Row(
-        tensors(lambda t: t.update({"model.visual": torch.ones(3)})), 0, ("",), ((*CONVERT, "--drop", "model.visual"),),
+        tensors(lambda t: t.update({"model.visual": torch.ones(3)})), 0, (), ((*CONVERT, "--drop", "model.visual"),),
+        proof=dropped_visual,
     ),
     "layer count disagrees": Row(
         config(num_hidden_layers=3, attn_type_list=[0, 1, 0]), 4, ("layer 2", "missing"), (CONVERT, QUANTIZE),
@@ -234,7 +263,12 @@ ROWS: dict[str, Row] = {
         lambda root: None, 2, ("down_proj", "Hadamard block 512"), ((*QUANTIZE, "--hadamard-block", "512"),),
     ),
     "decay buffers that differ": Row(lambda root: None, 3, ("layer 0", "--keep-decay"), (CONVERT, QUANTIZE), "minimax"),
-    "decay buffers that differ, kept": Row(lambda root: None, 0, ("",), ((*CONVERT, "--keep-decay"),), "minimax"),
+    "decay buffers that differ, kept": Row(
+        lambda root: None, 0, ("decay slopes that are not the model's",), ((*CONVERT, "--keep-decay"),), "minimax", kept_decay
+    ),
+    "no tokenizer": Row(
+        lambda root: None, 0, ("note: no tokenizer.json",), (("inspect", "{source}"), (*CONVERT, "--dry-run"), CONVERT, QUANTIZE),
+    ),
     "no tokenizer, a static scheme": Row(
         lambda root: None, 2, ("--calibration ids.npy", "tokenizer"), ((*QUANTIZE, "--scheme", "w4a8"),)
     ),
@@ -244,7 +278,7 @@ ROWS: dict[str, Row] = {
     ),
     "pickle files only": Row(pickled, 3, ("never unpickled", "pytorch_model.bin")),
     "remote code": Row(remote_code, 0, ("never imported", "never unpickled"), (("inspect", "{source}"), ("check", "{source}"))),
-    "remote code, converted": Row(remote_code, 0, ("",), (CONVERT, QUANTIZE)),
+    "remote code, converted": Row(remote_code, 0, (), (CONVERT, QUANTIZE), proof=only_weights),
     "index of nothing": Row(lambda root: (root / INDEX).write_text('{"weight_map":{}}'), 4, ("index names no tensor",)),
     "index that is no object": Row(lambda root: (root / INDEX).write_text("[]"), 3, ("weight_map",)),
     "config that is no JSON": Row(lambda root: (root / "config.json").write_text("{"), 3, ("not valid JSON", "config.json")),
@@ -272,8 +306,33 @@ def test_row(case: str, made: Path, tmp_path: Path) -> None:
             assert word in said, (arguments, word, said)
         assert "Traceback" not in said and all(c.isprintable() or c == "\n" for c in said)
         assert row.code in (0, 7) or row.base == "minimax" or not out.exists(), "something was written for an impossible plan"
-        assert not (out / "manifest.json").exists() or row.code == 0
+        assert (out / "manifest.json").exists() == (row.code == 0 and "{out}" in arguments and "--dry-run" not in arguments)
+        if (out / "manifest.json").exists():
+            assert run("check", out).code == 0
+            if row.proof:
+                row.proof(json.loads((out / "manifest.json").read_text()), out)
     assert before == {path: path.stat().st_size for path in source.rglob("*") if path.is_file()}
+
+
+def test_scalar_and_zero_size_tensors_are_kept(made: Path, tmp_path: Path) -> None:
+    """They are read as what they are and counted, are never lost in silence, and are left out only when that is asked for."""
+    source = Path(shutil.copytree(made / "plain", tmp_path / "source"))
+    held = {"extra.scalar": torch.tensor(7.5), "extra.empty": torch.zeros(0, 3)}
+    count = len(read_shards(source).tensors)
+    tensors(lambda t: t.update(held))(source)
+    shards = read_shards(source)
+    reader = ByteReader(shards)
+    for name, tensor in held.items():
+        stored = shards.tensors[name]
+        assert stored.shape == tuple(tensor.shape)
+        assert reader.read(stored, tuple((0, n) for n in stored.shape)).tobytes() == tensor.numpy().tobytes()
+    reader.close()
+    result = run("check", source)
+    assert result.code == 0 and f"{count + 2} tensors" in result.out
+    result = run("convert", source, tmp_path / "out")
+    assert result.code == 4 and all(name in result.err for name in held)
+    assert run("convert", source, tmp_path / "out", "--drop", "extra.*").code == 0
+    assert set(json.loads((tmp_path / "out" / "manifest.json").read_text())["dropped"]) == set(held)
 
 
 def test_problems_are_listed_together_with_json(made: Path, tmp_path: Path) -> None:
@@ -331,6 +390,16 @@ def test_a_disk_that_gives_out_is_6_and_resumable(made: Path, tmp_path: Path, mo
     monkeypatch.undo()
     assert run("convert", made / "plain", tmp_path / "out", "--resume").code == 0
     assert run("check", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("name", ["fifo.npy", "fifo.txt"])
+def test_calibration_from_a_fifo_does_not_hang(name: str, made: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    source = Path(shutil.copytree(made / "plain", tmp_path / "source"))
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    (source / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    result = run("quantize", source, tmp_path / "out", "--scheme", "w4a8", "--calibration", tmp_path / name)
+    assert result.code == 3 and "not a regular file" in result.err and not (tmp_path / "out").exists()
 
 
 def test_ids_outside_the_vocabulary(made: Path, tmp_path: Path) -> None:
