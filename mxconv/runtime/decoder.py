@@ -26,17 +26,19 @@ LEAST_COLUMNS = 256
 class Decoder:
     """`slots` sequences side by side with room for `room` tokens each (more is made when one needs it).
 
-    `graphs`: capture steps; None does so where `Model.capturable`. Raises UsageError for True where that is false.
+    `graphs`: capture steps; None does so where that can be (`Model.capturable`). Raises UsageError for True where it cannot.
     """
 
     def __init__(
         self, model: Model, *, slots: int = 1, room: int = 4096, activations: Activations = "quantized",
         graphs: bool | None = None,
     ) -> None:  # fmt: skip
-        if graphs and not model.capturable:
+        # The kernels compute as served; exact activations take the definition, which asks the device what it chose.
+        able = model.capturable and (activations == "quantized" or model.weights.scheme is None)
+        if graphs and not able:
             raise UsageError("this model's steps cannot be captured in a CUDA graph", expected="cuda, bfloat16, experts as kernels")
         self.model, self.activations = model, activations
-        self.graphs = model.capturable if graphs is None else graphs
+        self.graphs = able if graphs is None else graphs
         self.pool = Slots(slots, _rounded(room, LEAST_COLUMNS), model.device)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
         """int64 [slots]: the id that each slot takes in the next step: the likeliest after its prompt or last step, or yours."""

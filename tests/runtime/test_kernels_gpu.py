@@ -200,3 +200,12 @@ def test_draws_over_slots_and_over_a_cache(demo: Path, monkeypatch: pytest.Monke
     assert over_slots == list(generate(model, ids, **options))  # type: ignore[arg-type]
     monkeypatch.setattr(Model, "capturable", property(lambda self: False))
     assert over_slots[:3] == list(generate(model, ids, **options))[:3]  # type: ignore[arg-type]
+
+
+def test_exact_activations_decode_without_graphs(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "source", **QUANTIZABLE)
+    model = load(write_artifact(folder, tmp_path / "out", scheme="w4afp8"), device="cuda", dtype=torch.bfloat16)
+    tokens = list(generate(model, [1, 2, 3], max_tokens=6, eos_ids=(), activations="none"))
+    logits = model(torch.tensor([[1, 2, 3, *tokens]]), activations="none")[0, 2:-1]
+    assert logits.argmax(-1).tolist() == tokens
+    assert Decoder(model).graphs and not Decoder(model, activations="none").graphs
