@@ -10,6 +10,7 @@ and the hidden vector between the GEMMs stays in float32. Unquantized experts go
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -44,6 +45,8 @@ __all__ = ["DenseExperts", "Matrix", "MoeExperts", "route"]
 
 FACTORS: dict[Kind, float] = {"int4_e4m3": 512.0 / INT4_MAX, "int4_int8": 1.0 / (16 * INT4_MAX), "e4m3": 1.0}
 """What a product of codes must be multiplied by, beside the scales: int4 codes are q·2⁻⁹ or 16·q, and scales are of q/7."""
+FEW_ROWS = 264
+"""Two for each multiprocessor of an H200: up to here a row of activations gets a program of its own."""
 LARGEST_OFFSET = 2**31 - 1
 """Elements of an activation matrix that the kernels address; more tokens are taken in parts."""
 
@@ -58,7 +61,9 @@ class Matrix:
         self.scheme, self.kind, self.n, self.k = scheme, kind_of(scheme), n, k
         self.codes = torch.empty(experts, n // ROWS, k // STEP, ROWS, tile_bytes(self.kind), dtype=torch.int8, device=device)
         group = scheme.group_size or STEP
-        shape = {"group": (n // ROWS, k // group, ROWS), "block": (-(-n // FP8_BLOCK), k // FP8_BLOCK), "channel": (n,), "tensor": (1,)}
+        shape = {
+            "group": (n // ROWS, k // group, ROWS), "block": (-(-n // FP8_BLOCK), k // FP8_BLOCK), "channel": (n,), "tensor": (1,)
+        }  # fmt: skip
         self.scale = torch.empty(experts, *shape[scheme.granularity], device=device)
         self.stored = torch.ones(experts, device=device)
         self.expert_scale = torch.ones(experts, device=device)
@@ -110,14 +115,35 @@ def _rule_constants(rule: ActivationRule, rotation: int, rint: bool) -> dict[str
     }  # fmt: skip
 
 
-def _columns(rule: ActivationRule, width: int, rotation: int) -> tuple[int, int]:
-    """(columns of a program, programs a row): a token's absmax needs its whole row, the other rules take pieces."""
-    size = triton.next_power_of_2(width) if rule.scale == "token" else max(1024, rotation)
-    return size, -(-width // size)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """How rows are cut into programs that quantize: `programs` of `rows` rows by `columns`, `pieces` of them a row."""
+
+    rows: int
+    columns: int
+    pieces: int
+    programs: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' names of them."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "PIECES": self.pieces}
 
 
-def _warps(size: int) -> int:
-    return max(1, min(16, size // 512))
+def _blocks(rule: ActivationRule, rows: int, width: int, rotation: int) -> Blocks:
+    """Few rows: many threads a row, which is read once. Many: rows are taken together, in columns that waste no lane."""
+    together = 1
+    if rows <= FEW_ROWS:
+        columns, warps = (triton.next_power_of_2(width), 16) if rule.scale == "token" else (max(1024, rotation), 4)
+    else:
+        columns = next(size for size in (2048, 1024, 512, 256, 128) if width % size == 0 or size == 128)
+        columns = max(columns, rotation)
+        together = max(1, 512 // columns)
+        warps = together * columns // 512  # 16 elements a thread: most of the butterfly stays in its registers
+    pieces, blocks = -(-width // columns), -(-rows // together)
+    programs = blocks if rule.scale == "token" else blocks * pieces
+    return Blocks(rows=together, columns=columns, pieces=pieces, programs=programs, warps=warps)
 
 
 class MoeExperts:
@@ -203,10 +229,10 @@ class MoeExperts:
         codes, scales = self._outputs(rows, self.hidden, x.device)
         ordered = empty_sorted(chosen.numel(), self.experts, block_t, x.device)
         arguments, constants = sort_arguments(chosen, ordered, self.experts)
-        size, pieces = _columns(rule, self.hidden, rotation)
-        front_kernel[(self.experts + 1 + rows * pieces,)](
-            *arguments, x, codes, scales, self.up_gate.stored, self.hidden, pieces, BLOCK_T=block_t, SIZE=size, PER_TOKEN=per_token,
-            **constants, **_rule_constants(rule, rotation, False), **overlap_options(x.device), num_warps=_warps(size),
+        blocks = _blocks(rule, rows, self.hidden, rotation)
+        front_kernel[(self.experts + 1 + blocks.programs,)](
+            *arguments, x, codes, scales, self.up_gate.stored, rows, self.hidden, BLOCK_T=block_t, PER_TOKEN=per_token, **constants,
+            **blocks.constants, **_rule_constants(rule, rotation, False), **overlap_options(x.device), num_warps=blocks.warps,
         )  # fmt: skip
         return ordered, codes, scales
 
@@ -215,9 +241,11 @@ class MoeExperts:
         rule, rotation = self.scheme.activation, self.scheme.rotation["down_proj"]
         splits, rows = (0, len(hidden)) if hidden.dim() == 2 else hidden.shape[:2]
         codes, scales = self._outputs(rows, self.intermediate, hidden.device)
-        size, pieces = _columns(rule, self.intermediate, rotation)
-        hidden_kernel[(rows, pieces)](
-            hidden, ordered.order, chosen, codes, scales, self.down.stored, self.intermediate, rows, SIZE=size, SPLITS=splits,
-            **_rule_constants(rule, rotation, rule.rint_down_input), **overlap_options(codes.device), num_warps=_warps(size),
+        blocks = _blocks(rule, rows, self.intermediate, rotation)
+        pieces = 1 if rule.scale == "token" else blocks.pieces
+        hidden_kernel[(blocks.programs // pieces, pieces)](
+            hidden, ordered.order, chosen, codes, scales, self.down.stored, self.intermediate, rows, EXPERTS=self.experts,
+            SPLITS=splits, **blocks.constants, **_rule_constants(rule, rotation, rule.rint_down_input),
+            **overlap_options(codes.device), num_warps=blocks.warps,
         )  # fmt: skip
         return codes, scales

@@ -1,13 +1,15 @@
 """What stands between the expert GEMMs: rotation and quantization of their inputs, SwiGLU, the weighted sum over a token's experts.
 
-    quantize_one     x [T, H] → codes, scales: a row a token, or a row an assignment where each expert has a stored scale
-    hidden_kernel    partial sums of the first GEMM [splits, A, 2I] → silu(gate)·up (or [A, I], gated already), rotated: codes and
-                     scales of the second's input
+    quantize_one     x [T, K] → codes, scales: a row a token, or a row an assignment where each expert has a stored scale
+    hidden_kernel    the first GEMM's output, gated [A, K] or as partial sums [splits, A, 2K], → silu(gate)·up, rotated: codes and
+                     scales of the second one's input
     combine_kernel   partial sums of the second GEMM [splits, A, H] → y[t] = Σ_j weights[t, j] · out[position[t·k + j]], j ascending
 
 Codes are those of `linear.quantize_activation`: the same float32 operations in the same order, with exactly rounded division.
 RULE is "token" (absmax/divisor of the row), "token_group" (of runs of 128) or "static" (`stored` [experts]). The rotation is the
 unnormalised Walsh-Hadamard butterfly, stages 1, 2, 4 … as in formats.md §2. NaN stays NaN in e4m3; an int8 code has no NaN.
+A program takes ROWS rows: under the "token" rule all their columns, COLUMNS at a time, twice where they do not fit at once (the
+second time from the cache); else one piece of COLUMNS.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -23,13 +25,37 @@ COMBINE_COLUMNS = 1024
 
 
 @triton.jit
-def rotate(v, SIZE: tl.constexpr, STAGES: tl.constexpr):
-    """H_b, block-diagonal, on a float32 vector [SIZE]; b = 2^STAGES."""
-    for stage in tl.static_range(STAGES):
-        pairs = tl.permute(tl.reshape(v, [SIZE // (2 << stage), 2, 1 << stage]), (0, 2, 1))
-        a, b = tl.split(pairs)
-        v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [SIZE])
+def _rotate(v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+    """H_b, block-diagonal, on the rows of v float32 [ROWS, COLUMNS]; b = 2^STAGES divides COLUMNS."""
+    SIZE: tl.constexpr = ROWS * COLUMNS
+    if STAGES > 0:
+        v = tl.reshape(v, [SIZE])
+        for stage in tl.static_range(STAGES):
+            pairs = tl.permute(tl.reshape(v, [SIZE // (2 << stage), 2, 1 << stage]), (0, 2, 1))
+            a, b = tl.split(pairs)
+            v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [SIZE])
+        v = tl.reshape(v, [ROWS, COLUMNS])
     return v
+
+
+@triton.jit
+def _divide(v, scale, NATIVE: tl.constexpr):
+    """v [A, B] / scale [A], exactly rounded.
+
+    With y the rounded 1/scale and q = v·y, q + y·(v - scale·q) is the rounded quotient (Markstein) as long as nothing underflows
+    that a code could show: three instructions an element, one division a row.
+    """
+    wide = tl.broadcast_to(scale[:, None], v.shape)
+    if NATIVE:
+        if (tl.min(scale, axis=0) > 1e-20) & (tl.max(scale, axis=0) < 1e20):
+            y = tl.broadcast_to(tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None], v.shape)
+            q = v * y
+            q = tl.where(tl.abs(q) < 1e30, tl.fma(tl.fma(-wide, q, v), y, q), q)
+        else:
+            q = tl.math.div_rn(v, wide)
+    else:
+        q = tl.math.div_rn(v, wide)
+    return q
 
 
 @triton.jit
@@ -59,78 +85,127 @@ def _encode(scaled, INT8: tl.constexpr, RINT: tl.constexpr, LIMIT: tl.constexpr,
 
 
 @triton.jit
+def _scale_of(absmax, DIVISOR: tl.constexpr):
+    """absmax/divisor, exactly rounded; 1 for an absmax of 0."""
+    scale = tl.math.div_rn(absmax, tl.full(absmax.shape, DIVISOR, tl.float32))
+    return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
 def _store_codes(
-    v, codes, scales, stored, row, chunk, K, expert, SIZE: tl.constexpr, RULE: tl.constexpr, DIVISOR: tl.constexpr,
-    LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr, STORED_DIVIDED: tl.constexpr, NATIVE: tl.constexpr,
+    v, scale, codes, scales, rows, live, k, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RULE: tl.constexpr, DIVISOR: tl.constexpr,
+    LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Quantize v [SIZE], columns chunk·SIZE … of `row`, and store codes [R, K] and scales ([R], or [R, K/128])."""
-    k = chunk * SIZE + tl.arange(0, SIZE)
+    """Store the codes of v [ROWS, COLUMNS], the columns k of `rows`; `scale` [ROWS] is the divisor but for "token_group"."""
     if RULE == "token_group":
-        runs = tl.reshape(v, [SIZE // 128, 128])
-        scale = tl.math.div_rn(tl.max(tl.abs(runs), axis=1), DIVISOR)
-        scale = tl.where(scale == 0.0, 1.0, scale)
-        scaled = tl.reshape(tl.math.div_rn(runs, tl.broadcast_to(scale[:, None], [SIZE // 128, 128])), [SIZE])
-        run = chunk * (SIZE // 128) + tl.arange(0, SIZE // 128)
-        tl.store(scales + row * (K // 128) + run, scale, mask=run < K // 128)
+        RUNS: tl.constexpr = COLUMNS // 128
+        runs = tl.reshape(v, [ROWS * RUNS, 128])
+        scale = _scale_of(tl.max(tl.abs(runs), axis=1), DIVISOR)
+        scaled = tl.reshape(_divide(runs, scale, NATIVE), [ROWS, COLUMNS])
+        run = tl.max(tl.reshape(k, [RUNS, 128]), axis=1) // 128
+        at = rows[:, None] * (K // 128) + run[None, :]
+        tl.store(scales + at, tl.reshape(scale, [ROWS, RUNS]), mask=live[:, None] & (run < K // 128)[None, :])
     elif RULE == "token":
-        scale = tl.math.div_rn(tl.max(tl.abs(v), axis=0), DIVISOR)
-        scale = tl.where(scale == 0.0, 1.0, scale)
-        scaled = tl.math.div_rn(v, tl.full([SIZE], 1.0, tl.float32) * scale)
-        tl.store(scales + row, scale)
+        scaled = _divide(v, scale, NATIVE)
     else:
-        absmax = tl.load(stored + expert)
-        if STORED_DIVIDED:
-            absmax = absmax * DIVISOR
-        scaled = tl.math.div_rn(v * DIVISOR, tl.full([SIZE], 1.0, tl.float32) * absmax)
-    tl.store(codes + row * K + k, _encode(scaled, INT8, RINT, LIMIT, NATIVE), mask=k < K)
+        scaled = _divide(v * DIVISOR, scale, NATIVE)
+    out = _encode(scaled, INT8, RINT, LIMIT, NATIVE)
+    tl.store(codes + rows[:, None] * K + k[None, :], out, mask=live[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _input(x, source, live, k, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+    """Rows `source` of x, rotated, in float32."""
+    v = tl.load(x + source[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+    return _rotate(v.to(tl.float32), ROWS, COLUMNS, STAGES)
+
+
+@triton.jit
+def _stored(stored, chosen, at, live, EXPERTS: tl.constexpr, DIVISOR: tl.constexpr, STORED_DIVIDED: tl.constexpr):
+    """The absmax that the experts of the assignments `at` store; of expert 0 for padding, whose codes nobody reads."""
+    expert = tl.load(chosen + at, mask=live, other=0).to(tl.int32)
+    scale = tl.load(stored + tl.where((expert < 0) | (expert >= EXPERTS), 0, expert))
+    if STORED_DIVIDED:
+        scale = scale * DIVISOR
+    return scale
 
 
 @triton.jit
 def quantize_one(
-    row, chunk, x, chosen, codes, scales, stored, K, EXPERTS: tl.constexpr, SIZE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    RULE: tl.constexpr, DIVISOR: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr,
-    STORED_DIVIDED: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    block, piece, x, chosen, codes, scales, stored, rows_in_all, K, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PIECES: tl.constexpr, PER_TOKEN: tl.constexpr, RULE: tl.constexpr, DIVISOR: tl.constexpr,
+    LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr, STORED_DIVIDED: tl.constexpr, STAGES: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """SIZE columns of a row of codes: of a token, or for a static rule of an assignment, with the scale of its expert."""
-    source, expert = row, 0
-    if RULE == "static":
-        source = row // PER_TOKEN
-        expert = tl.load(chosen + row).to(tl.int32)
-        expert = tl.where((expert < 0) | (expert >= EXPERTS), 0, expert)  # padding: codes that nobody reads
-    k = chunk * SIZE + tl.arange(0, SIZE)
-    v = tl.load(x + source * K + k, mask=k < K, other=0.0).to(tl.float32)
-    v = rotate(v, SIZE, STAGES)
-    _store_codes(v, codes, scales, stored, row, chunk, K, expert, SIZE, RULE, DIVISOR, LIMIT, INT8, RINT, STORED_DIVIDED, NATIVE)
+    """Rows block·ROWS … of the codes of x; see the file."""
+    rows = block * ROWS + tl.arange(0, ROWS)
+    live, columns = rows < rows_in_all, tl.arange(0, COLUMNS)
+    if RULE == "token":
+        absmax = tl.zeros([ROWS], tl.float32)
+        for p in range(PIECES):
+            v = _input(x, rows, live, p * COLUMNS + columns, K, ROWS, COLUMNS, STAGES)
+            absmax = tl.maximum(absmax, tl.max(tl.abs(v), axis=1))
+        scale = _scale_of(absmax, DIVISOR)
+        tl.store(scales + rows, scale, mask=live)
+        for p in range(PIECES):
+            k = p * COLUMNS + columns
+            v = _input(x, rows, live, k, K, ROWS, COLUMNS, STAGES)
+            _store_codes(v, scale, codes, scales, rows, live, k, K, ROWS, COLUMNS, RULE, DIVISOR, LIMIT, INT8, RINT, NATIVE)
+    else:
+        source, scale, k = rows, rows, piece * COLUMNS + columns
+        if RULE == "static":
+            source = rows // PER_TOKEN
+            scale = _stored(stored, chosen, rows, live, EXPERTS, DIVISOR, STORED_DIVIDED)
+        v = _input(x, source, live, k, K, ROWS, COLUMNS, STAGES)
+        _store_codes(v, scale, codes, scales, rows, live, k, K, ROWS, COLUMNS, RULE, DIVISOR, LIMIT, INT8, RINT, NATIVE)
+
+
+@triton.jit
+def _hidden(
+    partial, rows, live, k, K, assignments, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
+):
+    """silu(gate)·up of some rows and columns, rotated; SPLITS 0: gated already."""
+    inside = live[:, None] & (k < K)[None, :]
+    if SPLITS == 0:
+        v = tl.load(partial + rows[:, None] * K + k[None, :], mask=inside, other=0.0)
+    else:
+        gate, up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = partial + (rows + assignments * split)[:, None] * (2 * K) + k[None, :]
+            gate += tl.load(at, mask=inside, other=0.0)
+            up += tl.load(at + K, mask=inside, other=0.0)
+        v = gate / (1.0 + tl.exp(-gate)) * up
+    return _rotate(v, ROWS, COLUMNS, STAGES)
 
 
 @triton.jit(do_not_specialize=["assignments"])
 def hidden_kernel(
-    partial, order, chosen, codes, scales, stored, K, assignments, SIZE: tl.constexpr, SPLITS: tl.constexpr, RULE: tl.constexpr,
-    DIVISOR: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr, RINT: tl.constexpr, STORED_DIVIDED: tl.constexpr,
-    STAGES: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    partial, order, chosen, codes, scales, stored, K, assignments, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr, SPLITS: tl.constexpr, RULE: tl.constexpr, DIVISOR: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr,
+    RINT: tl.constexpr, STORED_DIVIDED: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """partial [SPLITS, A, 2K] (gate then up), or [A, K] where SPLITS is 0, → codes [A, K] and scales ([A], or [A, K/128]);
-    program (sorted row, SIZE columns)."""
+    """partial → codes [A, K] and scales ([A], or [A, K/128]) of the sorted assignments; program (rows, piece of columns)."""
     after_previous(OVERLAP)
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    assignment = tl.load(order + row)
-    if assignment < 0:
-        return
-    expert = 0
-    if RULE == "static":
-        expert = tl.load(chosen + assignment).to(tl.int32)
-    k = chunk * SIZE + tl.arange(0, SIZE)
-    if SPLITS == 0:
-        v = tl.load(partial + row * K + k, mask=k < K, other=0.0)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    assignment = tl.load(order + rows, mask=rows < assignments, other=-1)
+    live, columns = assignment >= 0, tl.arange(0, COLUMNS)
+    if RULE == "token":
+        absmax = tl.zeros([ROWS], tl.float32)
+        for p in range(PIECES):
+            v = _hidden(partial, rows, live, p * COLUMNS + columns, K, assignments, SPLITS, ROWS, COLUMNS, STAGES)
+            absmax = tl.maximum(absmax, tl.max(tl.abs(v), axis=1))
+        scale = _scale_of(absmax, DIVISOR)
+        tl.store(scales + rows, scale, mask=live)
+        for p in range(PIECES):
+            k = p * COLUMNS + columns
+            v = _hidden(partial, rows, live, k, K, assignments, SPLITS, ROWS, COLUMNS, STAGES)
+            _store_codes(v, scale, codes, scales, rows, live, k, K, ROWS, COLUMNS, RULE, DIVISOR, LIMIT, INT8, RINT, NATIVE)
     else:
-        gate, up = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
-        for split in tl.static_range(SPLITS):
-            at = partial + (row + assignments * split) * (2 * K) + k
-            gate += tl.load(at, mask=k < K, other=0.0)
-            up += tl.load(at + K, mask=k < K, other=0.0)
-        v = gate / (1.0 + tl.exp(-gate)) * up
-    v = rotate(v, SIZE, STAGES)
-    _store_codes(v, codes, scales, stored, row, chunk, K, expert, SIZE, RULE, DIVISOR, LIMIT, INT8, RINT, STORED_DIVIDED, NATIVE)
+        scale, k = rows, tl.program_id(1) * COLUMNS + columns
+        if RULE == "static":
+            scale = _stored(stored, chosen, tl.where(live, assignment, 0), live, EXPERTS, DIVISOR, STORED_DIVIDED)
+        v = _hidden(partial, rows, live, k, K, assignments, SPLITS, ROWS, COLUMNS, STAGES)
+        _store_codes(v, scale, codes, scales, rows, live, k, K, ROWS, COLUMNS, RULE, DIVISOR, LIMIT, INT8, RINT, NATIVE)
 
 
 @triton.jit(do_not_specialize=["assignments"])

@@ -25,11 +25,6 @@ import triton.language as tl
 
 from mxconv.runtime.kernels.moe_overlap import after_previous
 
-STEP = 128
-"""Inputs a step: the smallest group, the fp8 block, and one cache line of activations."""
-ROWS = 64
-"""Rows of w in a tile of the packed layout, and in one wgmma."""
-
 
 @triton.jit
 def _low(packed, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
@@ -107,10 +102,10 @@ def grouped_gemm_kernel(
 ):  # fmt: skip
     """See the file. x [R, K] codes; w int8 [E, N/64, K/128, 64, 64 | 128]; out [splits, assignments, N] in its own dtype.
 
-    scales float32 [E, N/64, K/(128·GROUP_STEPS), 64] for `group`, [E, ⌈N/128⌉, K/128] for `block` with token_group_scales [R, K/128];
-    row_scale [E, N]; token_scale [R]; expert_scale [E]. PER_TOKEN 0: row s of x is the sorted assignment s; else its row is
-    order[s] // PER_TOKEN, order int32 [assignments]: a row a token, or with 1 a row an assignment. GATED: a program takes BLOCK_N/2
-    gate rows and their up rows, and out is silu(gate)·up [assignments, N/2], with K not split.
+    scales float32 [E, N/64, K/(128·GROUP_STEPS), 64] for `group`, [E, ⌈N/128⌉, K/128] for `block`, which has token_group_scales
+    [R, K/128]; row_scale [E, N]; token_scale [R]; expert_scale [E]. PER_TOKEN 0: row s of x is the sorted assignment s; else its
+    row is order[s] // PER_TOKEN, order int32 [assignments]: a row a token, or with 1 a row an assignment. GATED: a program takes
+    BLOCK_N/2 gate rows and their up rows, and out is silu(gate)·up [assignments, N/2], with K not split.
     """
     after_previous(OVERLAP)
     n_block, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -13,51 +13,83 @@ from torch import Tensor
 
 from mxconv.runtime.kernels.moe_overlap import after_previous, overlap_options
 
-SMALL = 64
-"""Tokens up to which the logits kernel takes 16 tokens a program and cuts the hidden size finely."""
+FEW = 16
+"""Tokens up to which a program multiplies them one by one, without tensor cores: the router is read once, from many places."""
+SPLITS = ((512, 16), (2048, 8), (8192, 2))
+"""Tokens → how often the hidden size is cut; above the last, not at all."""
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def few_logits_kernel(
+    x, router, logits, tokens, H, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, TOGETHER: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Partial logits float32 [splits, tokens, EXPERTS] in float32: program (split of BLOCK_H, TOGETHER tokens)."""
+    after_previous(OVERLAP)
+    split, first = tl.program_id(0), tl.program_id(1) * TOGETHER
+    e, h = tl.arange(0, BLOCK_E), split * BLOCK_H + tl.arange(0, BLOCK_H)
+    r = tl.load(router + e[:, None] * H + h[None, :], mask=(e < EXPERTS)[:, None] & (h < H)[None, :], other=0.0)
+    for token in tl.static_range(TOGETHER):
+        t = first + token
+        v = tl.load(x + t * H + h, mask=h < tl.where(t < tokens, H, 0), other=0.0).to(tl.float32)
+        out = logits + (split * tokens + t) * EXPERTS + e
+        tl.store(out, tl.sum(r * v[None, :], axis=1), mask=e < tl.where(t < tokens, EXPERTS, 0))
+
+
+@triton.jit
+def split_kernel(router, parts, SIZE, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """router float32 [SIZE] → bf16 [3, SIZE], whose sum it is."""
+    after_previous(OVERLAP)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(router + i, mask=i < SIZE, other=0.0)
+    for part in tl.static_range(3):
+        rounded = left.to(tl.bfloat16)
+        tl.store(parts + part * SIZE + i, rounded, mask=i < SIZE)
+        left -= rounded.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
-def logits_kernel(
-    x, router, logits, tokens, H, share, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+def many_logits_kernel(
+    x, parts, logits, tokens, H, share, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Partial logits float32 [splits, tokens, EXPERTS] of x [tokens, H] and router float32 [EXPERTS, H], `share` of H a split.
+    """Partial products float32 [splits, tokens, COLUMNS] of x [tokens, H] and parts bf16 [COLUMNS, H], `share` of H a split.
 
-    EXACT: x is bf16 and the router is split into three bf16 parts; else the product is taken in float32, without tensor cores.
+    An fp16 activation is taken as the sum of two bf16 numbers, for the products to be exact as well.
     """
     after_previous(OVERLAP)
     block, split = tl.program_id(0), tl.program_id(1)
-    t, e, h = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H)
-    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    x_at = x + t[:, None].to(tl.int64) * H
-    for start in range(split * share, tl.minimum(split * share + share, H), BLOCK_H):
+    t, c, h = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_H)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for start in tl.range(split * share, tl.minimum(split * share + share, H), BLOCK_H, num_stages=STAGES):
         at = start + h
-        xv = tl.load(x_at + at[None, :], mask=(t < tokens)[:, None] & (at < H)[None, :], other=0.0)
-        rv = tl.load(router + e[None, :] * H + at[:, None], mask=(e < EXPERTS)[None, :] & (at < H)[:, None], other=0.0)
-        if EXACT:
-            for _ in tl.static_range(3):
-                part = rv.to(tl.bfloat16)
-                total = tl.dot(xv, part, total)
-                rv -= part.to(tl.float32)
+        xv = tl.load(x + t[:, None] * H + at[None, :], mask=(t < tokens)[:, None] & (at < H)[None, :], other=0.0)
+        rv = tl.trans(tl.load(parts + c[:, None] * H + at[None, :], mask=(c < COLUMNS)[:, None] & (at < H)[None, :], other=0.0))
+        if not NATIVE:  # the interpreter cannot multiply bf16
+            total += tl.dot(xv.to(tl.float32), rv.to(tl.float32))
+        elif x.dtype.element_ty == tl.bfloat16:
+            total = tl.dot(xv, rv, total)
         else:
-            total = tl.dot(xv.to(tl.float32), rv, total, input_precision="ieee")
-    out = (split.to(tl.int64) * tokens + t)[:, None] * EXPERTS + e[None, :]
-    tl.store(logits + out, total, mask=(t < tokens)[:, None] & (e < EXPERTS)[None, :])
+            high = xv.to(tl.bfloat16)
+            total = tl.dot(high, rv, total)
+            total = tl.dot((xv - high.to(tl.float16)).to(tl.bfloat16), rv, total)
+    out = (split * tokens + t)[:, None] * COLUMNS + c[None, :]
+    tl.store(logits + out, total, mask=(t < tokens)[:, None] & (c < COLUMNS)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def top_kernel(
-    logits, chosen, weights, tokens, splits, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr,
+    logits, chosen, weights, tokens, splits, PARTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of the summed partial logits; chosen int32, weights float32 [tokens, K], largest first, ties to the lower expert."""
+    """Softmax of the sum of partial logits [splits, tokens, PARTS, EXPERTS]; chosen int32 and weights float32 [tokens, K], largest
+    first, ties to the lower expert."""
     after_previous(OVERLAP)
     t, e, j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    there = (t < tokens)[:, None] & (e < EXPERTS)[None, :]
-    z = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for split in range(splits):
-        z += tl.load(logits + (split * tokens + t)[:, None].to(tl.int64) * EXPERTS + e[None, :], mask=there, other=0.0)
+    s = tl.arange(0, BLOCK_S)
+    at = ((s // PARTS)[None, :] * tokens + t[:, None]) * PARTS + (s % PARTS)[None, :]
+    there = ((t < tokens)[:, None] & (s < splits * PARTS)[None, :])[:, :, None] & (e < EXPERTS)[None, None, :]
+    z = tl.sum(tl.load(logits + at[:, :, None] * EXPERTS + e[None, None, :], mask=there, other=0.0), axis=1)
     z = tl.where((e < EXPERTS)[None, :], z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
@@ -78,29 +110,48 @@ def top_kernel(
     tl.store(weights + out, tops, mask=inside)
 
 
+def _few_logits(x: Tensor, router: Tensor) -> Tensor:
+    (tokens, hidden), experts = x.shape, len(router)
+    logits = torch.empty(triton.cdiv(hidden, 128), tokens, 1, experts, device=x.device)
+    few_logits_kernel[(len(logits), triton.cdiv(tokens, 4))](
+        x, router, logits, tokens, hidden, EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_H=128, TOGETHER=4,
+        num_warps=4, **overlap_options(x.device),
+    )  # fmt: skip
+    return logits
+
+
+def _many_logits(x: Tensor, router: Tensor) -> Tensor:
+    (tokens, hidden), experts = x.shape, len(router)
+    splits = next((count for limit, count in SPLITS if tokens <= limit), 1)
+    share = triton.cdiv(triton.cdiv(hidden, splits), 64) * 64
+    parts = torch.empty(3, experts, hidden, dtype=torch.bfloat16, device=x.device)
+    split_kernel[(triton.cdiv(router.numel(), 1024),)](router, parts, router.numel(), BLOCK=1024, **overlap_options(x.device))
+    logits = torch.empty(triton.cdiv(hidden, share), tokens, 3, experts, device=x.device)
+    many_logits_kernel[(triton.cdiv(tokens, 64), len(logits))](
+        x, parts, logits, tokens, hidden, share, COLUMNS=3 * experts, BLOCK_C=triton.next_power_of_2(3 * experts), BLOCK_T=64,
+        BLOCK_H=64, STAGES=4, NATIVE=not triton.knobs.runtime.interpret, num_warps=4, **overlap_options(x.device),
+    )  # fmt: skip
+    return logits
+
+
 def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their shares: x [T, H], router float32 [E, H] → chosen int32 [T, k], weights float32 [T, k].
+    """The experts of each token and their shares: x bf16 or fp16 [T, H], router [E, H] → chosen int32, weights float32 [T, k].
 
     Softmax in float32 over all experts, the `per_token` largest (ties to the lower expert, largest first) divided by their sum.
     A token whose logits hold NaN gets experts 0..k-1 with NaN weights.
     """
-    (tokens, hidden), experts = x.shape, len(router)
-    x, router = x.contiguous(), router.to(torch.float32).contiguous()
-    block_t = 16 if tokens <= SMALL else 64
-    blocks = triton.cdiv(tokens, block_t)
-    share = 256 if tokens <= SMALL else triton.cdiv(hidden, max(1, 128 // blocks) * 64) * 64
-    splits, block_e = triton.cdiv(hidden, share), max(16, triton.next_power_of_2(experts))
-    logits = torch.empty(splits, tokens, experts, device=x.device)
+    tokens, experts = len(x), len(router)
     chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=x.device)
     weights = torch.empty(tokens, per_token, device=x.device)
     if not tokens:
         return chosen, weights
-    logits_kernel[(blocks, splits)](
-        x, router, logits, tokens, hidden, share, EXPERTS=experts, BLOCK_E=block_e, BLOCK_T=block_t, BLOCK_H=64,
-        EXACT=x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret, num_warps=4, **overlap_options(x.device),
-    )  # fmt: skip
-    top_kernel[(triton.cdiv(tokens, 16),)](
-        logits, chosen, weights, tokens, splits, EXPERTS=experts, BLOCK_E=block_e, K=per_token,
-        BLOCK_K=triton.next_power_of_2(per_token), BLOCK_T=16, num_warps=4, **overlap_options(x.device),
+    x, router = x.contiguous(), router.to(torch.float32).contiguous()
+    logits = _few_logits(x, router) if tokens <= FEW else _many_logits(x, router)
+    block_s = triton.next_power_of_2(len(logits) * logits.shape[2])
+    block_t = max(1, 64 // block_s)
+    top_kernel[(triton.cdiv(tokens, block_t),)](
+        logits, chosen, weights, tokens, len(logits), PARTS=logits.shape[2], EXPERTS=experts,
+        BLOCK_E=triton.next_power_of_2(experts), BLOCK_S=block_s, BLOCK_T=block_t, K=per_token,
+        BLOCK_K=triton.next_power_of_2(per_token), num_warps=4, **overlap_options(x.device),
     )  # fmt: skip
     return chosen, weights

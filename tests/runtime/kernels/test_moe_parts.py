@@ -143,13 +143,14 @@ def check_route(device: torch.device, dtype: torch.dtype, tokens: int, hidden: i
 
 
 @interpreted
-def test_route_interpreted() -> None:
-    check_route(CPU, torch.float32, tokens=5, hidden=320, experts=6, per_token=2)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_route_interpreted(tokens: int) -> None:
+    check_route(CPU, torch.float16, tokens, hidden=320, experts=6, per_token=2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 3, 64, 65, 1000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 65, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_route(tokens: int, dtype: torch.dtype) -> None:
     check_route(CUDA, dtype, tokens + 1, hidden=6144, experts=32, per_token=2)
 
