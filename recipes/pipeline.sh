@@ -10,7 +10,8 @@
 #   SCHEME, TP             what to make (default w4afp8 and 1); SCHEME=none converts without quantizing
 #   VERIFY                 more arguments for `mxconv verify`, as "--windows 32 --limit kl_mean=0.05"
 #   SIGNING_KEY, PUBLIC_KEY  PEM files: the manifest is signed with the one and checked with the other (pip install 'mxconv[sign]')
-#   UPLOAD                 a command that gets the two folders as arguments, as "hf-upload.sh"; without it nothing leaves the machine
+#   UPLOAD                 a command that gets two folders as arguments, as "hf-upload.sh": the artifact without its run.log, which names
+#                          this machine, and REPORTS, which name the folders as given here; without it nothing leaves the machine
 #   MXCONV                 how to call mxconv (default: mxconv)
 #
 # The exit code is that of the step that failed: 2 request, 3 malformed, 4 incomplete, 5 conflict, 6 resources (run again), 7 numeric,
@@ -25,6 +26,8 @@ tp=${TP:-1}
 read -r -a mxconv <<< "${MXCONV:-mxconv}"
 read -r -a verify_arguments <<< "${VERIFY:-}"
 mkdir -p "$reports"
+# what an earlier run said is not this one's
+(cd "$reports" && rm -f inspect.json run.jsonl check.json verify.xml verify.json manifest.json SHA256SUMS manifest.sig)
 
 step() { printf '== %s\n' "$*" >&2; }
 
@@ -61,6 +64,11 @@ fi
 if [ -n "${UPLOAD:-}" ]; then
   step "upload"
   read -r -a upload <<< "$UPLOAD"
-  "${upload[@]}" "$output" "$reports"
+  name=$(basename "$(realpath "$output")")
+  staged=$(mktemp -d "$(dirname "$(realpath "$output")")/.$name.upload.XXXXXX")
+  trap 'rm -rf "$staged"' EXIT
+  cp -al "$output/." "$staged/$name" # links: no byte is copied
+  rm -f "$staged/$name/run.log"
+  "${upload[@]}" "$staged/$name" "$reports"
 fi
 step "done: $output"

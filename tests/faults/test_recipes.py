@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.faults.inprocess import run as in_process
 
 PIPELINE = REPOSITORY / "recipes" / "pipeline.sh"
 
@@ -34,6 +36,9 @@ def released(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     upload.write_text('#!/bin/sh\ncp -r "$1" "$2" "$(dirname "$0")/uploaded/"\n')
     upload.chmod(0o755)
     (root / "uploaded").mkdir()
+    (root / "reports").mkdir()
+    for name in ("verify.xml", "manifest.sig", "SHA256SUMS", "mine.txt"):
+        (root / "reports" / name).write_text("of an earlier run")
     result = pipeline(demo, root / "out", root / "reports", UPLOAD=str(upload), SCHEME="block_wise_fp8")
     assert result.returncode == 0, result.stderr
     return root, root / "out", root / "reports"
@@ -50,6 +55,9 @@ def test_it_leaves_manifest_and_reports(released: tuple[Path, Path, Path]) -> No
     sums = dict(reversed(line.split("  ./")) for line in (reports / "SHA256SUMS").read_text().splitlines())
     stated = {path: fact["sha256"] for path, fact in json.loads((out / "manifest.json").read_text())["files"].items()}
     assert sums == {**stated, "manifest.json": hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()}
+    assert not (reports / "manifest.sig").exists() and (reports / "mine.txt").exists(), "only an earlier run's reports go"
+    assert (out / "run.log").exists() and not (root / "uploaded" / "out" / "run.log").exists(), "run.log names the machine"
+    assert in_process("check", root / "uploaded" / "out").code == 0 and not list(root.glob(".*"))
     assert (root / "uploaded" / "out" / "manifest.json").exists() and (root / "uploaded" / "reports" / "verify.xml").exists()
 
 
@@ -70,8 +78,10 @@ def test_a_spoiled_artifact_ends_it_with_8(released: tuple[Path, Path, Path], de
     data = bytearray(shard.read_bytes())
     data[-100] ^= 1
     shard.write_bytes(data)
+    shutil.copytree(released[2], tmp_path / "reports")
     result = pipeline(demo, out, tmp_path / "reports", UPLOAD=f"touch {tmp_path}/uploaded", SCHEME="block_wise_fp8")
     assert result.returncode == 8 and not (tmp_path / "uploaded").exists()
+    assert not (tmp_path / "reports" / "verify.xml").exists(), "an earlier run's verdict must not stand beside a failure"
 
 
 def test_the_workflow_runs_the_same_script() -> None:
@@ -81,6 +91,8 @@ def test_the_workflow_runs_the_same_script() -> None:
     workflow = yaml.safe_load(text)
     steps = workflow["jobs"]["release"]["steps"]
     assert all(("uses" in step) != ("run" in step) for step in steps)
+    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"]) for step in steps if "uses" in step), "pinned by commit"
+    assert "pipeline.sh" in text.split("name: release")[0], "the script that a step runs must be copied too"
     assert workflow["permissions"] == {"contents": "read"}
     # what a user types reaches the shell as an environment variable, never as text of the script
     assert not any("${{ inputs" in step.get("run", "") for step in steps)
