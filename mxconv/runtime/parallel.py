@@ -42,7 +42,10 @@ class Group(Protocol):
         ...
 
     def sum(self, partial: Callable[[int], Tensor]) -> Tensor:
-        """The sum over all ranks of `partial(rank)`, added in rank order; the same in every process."""
+        """The sum over all ranks of `partial(rank)`, added in rank order; the same in every process.
+
+        Partial results are the sum's own, to overwrite: nothing that a layer keeps.
+        """
         ...
 
     def share(self, rank: int, compute: Callable[[], Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
@@ -118,8 +121,7 @@ class ProcessRanks:
         if first.is_cuda:
             for rank in self.ranks[1:]:
                 first = first + partial(rank)
-            # The all-reduce writes in place, and what a layer gives may be a view of something it keeps.
-            return first.clone() if first._base is not None else first.contiguous()
+            return first.contiguous()
         return torch.stack([first, *(partial(rank) for rank in self.ranks[1:])])
 
     def _in_order(self, mine: Tensor) -> Tensor:
