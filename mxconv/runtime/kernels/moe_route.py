@@ -51,9 +51,9 @@ def split_kernel(router, parts, SIZE, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 @triton.jit(do_not_specialize=["tokens", "share"])
 def many_logits_kernel(
     x, parts, logits, tokens, H, share, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-    STAGES: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Partial products float32 [splits, tokens, COLUMNS] of x [tokens, H] and parts bf16 [COLUMNS, H], `share` of H a split.
+    """Partial products float32 [splits, tokens, COLUMNS] of x [tokens, H] and parts bf16 [COLUMNS, H], `share` blocks of H a split.
 
     An fp16 activation is taken as the sum of two bf16 numbers, for the products to be exact as well.
     """
@@ -61,10 +61,16 @@ def many_logits_kernel(
     block, split = tl.program_id(0), tl.program_id(1)
     t, c, h = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for start in tl.range(split * share, tl.minimum(split * share + share, H), BLOCK_H, num_stages=STAGES):
-        at = start + h
-        xv = tl.load(x + t[:, None] * H + at[None, :], mask=(t < tokens)[:, None] & (at < H)[None, :], other=0.0)
-        rv = tl.trans(tl.load(parts + c[:, None] * H + at[None, :], mask=(c < COLUMNS)[:, None] & (at < H)[None, :], other=0.0))
+    x_off, r_off = t[:, None] * H + h[None, :], c[:, None] * H + h[None, :]
+    for step in tl.range(split * share, tl.minimum(split * share + share, tl.cdiv(H, BLOCK_H)), num_stages=STAGES):
+        at = step * BLOCK_H
+        if EVEN:
+            xv = tl.load(x + at + x_off, mask=(t < tokens)[:, None], other=0.0)
+            rv = tl.load(parts + at + r_off, mask=(c < COLUMNS)[:, None], other=0.0)
+        else:
+            xv = tl.load(x + at + x_off, mask=(t < tokens)[:, None] & (h < H - at)[None, :], other=0.0)
+            rv = tl.load(parts + at + r_off, mask=(c < COLUMNS)[:, None] & (h < H - at)[None, :], other=0.0)
+        rv = tl.trans(rv)
         if not NATIVE:  # the interpreter cannot multiply bf16
             total += tl.dot(xv.to(tl.float32), rv.to(tl.float32))
         elif x.dtype.element_ty == tl.bfloat16:
@@ -123,13 +129,13 @@ def _few_logits(x: Tensor, router: Tensor) -> Tensor:
 def _many_logits(x: Tensor, router: Tensor) -> Tensor:
     (tokens, hidden), experts = x.shape, len(router)
     splits = next((count for limit, count in SPLITS if tokens <= limit), 1)
-    share = triton.cdiv(triton.cdiv(hidden, splits), 64) * 64
+    share = triton.cdiv(triton.cdiv(hidden, 64), splits)
     parts = torch.empty(3, experts, hidden, dtype=torch.bfloat16, device=x.device)
     split_kernel[(triton.cdiv(router.numel(), 1024),)](router, parts, router.numel(), BLOCK=1024, **overlap_options(x.device))
-    logits = torch.empty(triton.cdiv(hidden, share), tokens, 3, experts, device=x.device)
+    logits = torch.empty(triton.cdiv(triton.cdiv(hidden, 64), share), tokens, 3, experts, device=x.device)
     many_logits_kernel[(triton.cdiv(tokens, 64), len(logits))](
         x, parts, logits, tokens, hidden, share, COLUMNS=3 * experts, BLOCK_C=triton.next_power_of_2(3 * experts), BLOCK_T=64,
-        BLOCK_H=64, STAGES=4, NATIVE=not triton.knobs.runtime.interpret, num_warps=4, **overlap_options(x.device),
+        BLOCK_H=64, STAGES=4, EVEN=hidden % 64 == 0, NATIVE=not triton.knobs.runtime.interpret, num_warps=4, **overlap_options(x.device),
     )  # fmt: skip
     return logits
 
