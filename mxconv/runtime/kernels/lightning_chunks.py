@@ -14,6 +14,9 @@ A segment's start needs the state behind all tokens before it. `lightning_states
 before its own. Tokens whose decay to the segment's end is below e^-`reach` are left out of both: heads that decay fast read only
 a short halo twice.
 
+Tiles that pass through registers are multiplied as float32 (tf32 keeps every bit of two-byte values): triton 3.6 multiplies a
+two-byte tile wrongly, or faults, where it comes from registers and is transposed.
+
 This file needs triton alone, so that it compiles for a GPU where there is no torch.
 """
 
@@ -41,18 +44,18 @@ def silu_of(x):
 
 @triton.jit
 def load_tile(base, stride, rows, columns, real, D: tl.constexpr, DP: tl.constexpr, SILU: tl.constexpr):
-    """[rows, columns] of base + row·stride + column; zero where `real` [rows] is false or a column is beyond D."""
+    """[rows, columns] of base + row·stride + column as float32; zero where `real` [rows] is false or a column is beyond D."""
     keep = real[:, None] if D == DP else real[:, None] & (columns < D)[None, :]
     x = tl.load(base + rows[:, None] * stride + columns[None, :], mask=keep, other=0.0)
-    return silu_of(x) if SILU else x
+    return (silu_of(x) if SILU else x).to(tl.float32)
 
 
 @triton.jit
 def load_whole_tile(base, stride, rows, columns, D: tl.constexpr, DP: tl.constexpr, SILU: tl.constexpr):
-    """`load_tile` of rows that are all there."""
+    """`load_tile` of rows that are all there; in their own dtype unless SiLU takes them through registers."""
     pointers = base + rows[:, None] * stride + columns[None, :]
     x = tl.load(pointers) if D == DP else tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
-    return silu_of(x) if SILU else x
+    return silu_of(x).to(tl.float32) if SILU else x
 
 
 @triton.jit
@@ -149,14 +152,19 @@ def lightning_states(
         gap = behind - c if MASKED else behind - start - c
         b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP, SILU)
         b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV, SILU)
-        decayed = (b_v * tl.exp(-s * gap.to(tl.float32))[:, None]).to(b_v.dtype)
+        decayed = b_v * tl.exp(-s * gap.to(tl.float32))[:, None]
         state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
     for start in tl.range(0, full - begin, C, num_stages=STAGES):
         far = tl.cast(full - C - start, tl.int64)
         b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
         b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
-        decayed = (b_v * tl.exp(-s * (stop - 1 - full + C + start - i).to(tl.float32))[:, None]).to(b_v.dtype)
-        state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
+        decayed = b_v * tl.exp(-s * (stop - 1 - full + C + start - i).to(tl.float32))[:, None]
+        # Two values of the dtype hold twice its bits: this pass waits for memory, not for the second product.
+        rounded = decayed.to(b_v.dtype)
+        state = tl.dot(tl.trans(b_k), rounded, state, input_precision=PRECISION)
+        if b_v.dtype != tl.float32:
+            rest = (decayed - rounded.to(tl.float32)).to(b_v.dtype)
+            state = tl.dot(tl.trans(b_k), rest, state, input_precision=PRECISION)
     place = ((sequence.to(tl.int64) * heads + head) * segments + segment) * D * D
     tl.store(local_states + place + d[:, None] * D + n[None, :], state, mask=(d < D)[:, None] & (n < D)[None, :])
 
