@@ -84,15 +84,18 @@ def check_quantized_input(scheme: Scheme, device: torch.device, tokens: int, hid
 
 
 @interpreted
+@pytest.mark.parametrize("few_rows", [264, 1])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=variant_name)
-def test_input_codes_interpreted(scheme: Scheme) -> None:
-    check_quantized_input(scheme, CPU, tokens=4, hidden=384)
+def test_input_codes_interpreted(scheme: Scheme, few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxconv.runtime.kernels.moe.FEW_ROWS", few_rows)
+    check_quantized_input(scheme, CPU, tokens=5, hidden=384)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "hidden"), [(70, 6144), (400, 6144), (301, 384), (270, 1280)])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=variant_name)
-def test_input_codes(scheme: Scheme) -> None:
-    check_quantized_input(scheme, CUDA, tokens=70, hidden=6144)
+def test_input_codes(scheme: Scheme, tokens: int, hidden: int) -> None:
+    check_quantized_input(scheme, CUDA, tokens, hidden)
 
 
 def check_gemm(
