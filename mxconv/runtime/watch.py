@@ -197,10 +197,10 @@ class Watch:
                 return  # the main thread says it itself
             self.speak(failure.error, failure.trace)
             self.store.set("told", "1")
-        elif not self.ending:
-            self.await_told()
-        else:
+        elif self.ending:
             return
+        elif failure.speaker != LAUNCHER:  # which speaks when all have ended
+            self.await_told()
         self.leave(failure.code)
 
     def await_told(self) -> bool:
