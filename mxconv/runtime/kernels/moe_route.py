@@ -141,7 +141,7 @@ def _many_logits(x: Tensor, router: Tensor) -> Tensor:
 
 
 def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their shares: x bf16 or fp16 [T, H], router [E, H] → chosen int32, weights float32 [T, k].
+    """The experts of each token and their shares: x bf16, fp16 or fp32 [T, H], router [E, H] → chosen int32, weights float32 [T, k].
 
     Softmax in float32 over all experts, the `per_token` largest (ties to the lower expert, largest first) divided by their sum.
     A token whose logits hold NaN gets experts 0..k-1 with NaN weights.
@@ -152,7 +152,8 @@ def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
     if not tokens:
         return chosen, weights
     x, router = x.contiguous(), router.to(torch.float32).contiguous()
-    logits = _few_logits(x, router) if tokens <= FEW else _many_logits(x, router)
+    few = tokens <= FEW or x.dtype == torch.float32  # whose products no two bf16 numbers hold
+    logits = _few_logits(x, router) if few else _many_logits(x, router)
     block_s = triton.next_power_of_2(len(logits) * logits.shape[2])
     block_t = max(1, 64 // block_s)
     top_kernel[(triton.cdiv(tokens, block_t),)](
