@@ -131,17 +131,19 @@ def _many_logits(x: Tensor, router: Tensor) -> Tensor:
     splits = next((count for limit, count in SPLITS if tokens <= limit), 1)
     share = triton.cdiv(triton.cdiv(hidden, 64), splits)
     parts = torch.empty(3, experts, hidden, dtype=torch.bfloat16, device=x.device)
-    split_kernel[(triton.cdiv(router.numel(), 1024),)](router, parts, router.numel(), BLOCK=1024, **overlap_options(x.device))
+    size = router.numel()
+    split_kernel[(triton.cdiv(size, 1024),)](router, parts, size, BLOCK=1024, **overlap_options(x.device))
     logits = torch.empty(triton.cdiv(triton.cdiv(hidden, 64), share), tokens, 3, experts, device=x.device)
     many_logits_kernel[(triton.cdiv(tokens, 64), len(logits))](
         x, parts, logits, tokens, hidden, share, COLUMNS=3 * experts, BLOCK_C=triton.next_power_of_2(3 * experts), BLOCK_T=64,
-        BLOCK_H=64, STAGES=4, EVEN=hidden % 64 == 0, NATIVE=not triton.knobs.runtime.interpret, num_warps=4, **overlap_options(x.device),
+        BLOCK_H=64, STAGES=4, EVEN=hidden % 64 == 0, NATIVE=not triton.knobs.runtime.interpret, num_warps=4,
+        **overlap_options(x.device),
     )  # fmt: skip
     return logits
 
 
 def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their shares: x bf16, fp16 or fp32 [T, H], router [E, H] → chosen int32, weights float32 [T, k].
+    """The experts of each token and their shares: x [T, H], router [E, H] → chosen int32, weights float32 [T, k].
 
     Softmax in float32 over all experts, the `per_token` largest (ties to the lower expert, largest first) divided by their sum.
     A token whose logits hold NaN gets experts 0..k-1 with NaN weights.
