@@ -51,7 +51,8 @@ def arranged(weight: Tensor) -> Tensor:
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, T, in] · weightᵀ [B, T, out] as one product of all tokens; torch may multiply sequence by sequence when T is 1."""
-    return F.linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
+    batch, tokens, width = x.shape
+    return F.linear(x.reshape(-1, width), weight).view(batch, tokens, -1)
 
 
 class Linear:
