@@ -159,19 +159,36 @@ def test_small_of_extremes() -> None:
 
 # On a GPU.
 
-CASES = [(name, projection) for name in SCHEMES_HERE for projection in (UP, DOWN)]
+# Every kernel once; --thorough adds what differs in sizes alone. What takes the time is compiling.
+CASES = [
+    pytest.param(name, projection, marks=() if name in SCHEMES else pytest.mark.thorough, id=f"{name}-{projection}")
+    for name in SCHEMES_HERE
+    for projection in (UP, DOWN)
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name, projection", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, projection", [(name, projection) for name in SCHEMES for projection in (UP, DOWN)])
 def test_numbers_of_all_sizes(name: str, projection: str, dtype: torch.dtype) -> None:
+    check_sizes(name, projection, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name, projection", [(name, DOWN if "b" in name.split("_")[-1] else UP) for name in SCHEMES_HERE if name not in SCHEMES]
+)
+def test_numbers_of_all_sizes_in_other_groups_and_rotations(name: str, projection: str) -> None:
+    check_sizes(name, projection, torch.bfloat16)
+
+
+def check_sizes(name: str, projection: str, dtype: torch.dtype) -> None:
     scheme = SCHEMES_HERE[name]
     width = widths(scheme, projection) * 6
     rows = 384
     sizes = (-4, 0) if dtype == torch.float16 else (-18, 24)
     w = gaussian(3, rows, width, dtype, sizes=sizes)
-    if scheme.granularity != "block":
+    if scheme.granularity != "block" and dtype == torch.bfloat16:
         assert check(w[: rows - 1], scheme, projection, offset=3, blocks=3)
     assert check(w, scheme, projection, offset=4, blocks=3)
 
