@@ -51,7 +51,7 @@ class Row:
 
 def milliseconds(run: Callable[[], object]) -> float:
     """Median of one `run`."""
-    return triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")
+    return triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
 
 
 def captured(runs: list[Callable[[], object]]) -> float:
@@ -84,15 +84,15 @@ def rates_of(heads: int, layer: int) -> list[float]:
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, rates: list[float]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(head, outputs [T, D], state [D, D]) in float64, head by head."""
-    for head, rate in enumerate(rates):
+    """(head, outputs [T, D], state [D, D]) in float64, head by head; beyond 16k tokens of the first and the last head alone."""
+    for head in range(len(rates)) if len(q) <= 16384 else (0, len(rates) - 1):
         wide = [x[:, head].double()[None, None] for x in (q, k, v)]
-        out, state = lightning(*wide, LightningDecay([rate], torch.device("cuda"), torch.float64))
+        out, state = lightning(*wide, LightningDecay([rates[head]], torch.device("cuda"), torch.float64))
         yield head, out[0, 0], state[0, 0]
 
 
 def errors(q: Tensor, k: Tensor, v: Tensor, rates: list[float], results: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
-    """(relative L2 of outputs, of states) of each (out [T, N, D], state [N, D, D]) over all heads."""
+    """(relative L2 of outputs, of states) of each (out [T, N, D], state [N, D, D]) over the heads of `exact`."""
     sums = torch.zeros(len(results), 4, dtype=torch.float64, device="cuda")
     for head, out, state in exact(q, k, v, rates):
         for at, (got, got_state) in enumerate(results):

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 
 GRAIN = tl.constexpr(128)
+SIZES = ("tokens", "heads", "segments")
+"""Not specialized on: a kernel must not be compiled anew for each length of a prompt."""
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def attended(state, q, k, v, pair, across, PRECISION: tl.constexpr):
     return tl.dot((scores * pair).to(v.dtype), v, o, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def lightning_states(
     k, v, rates, lengths, counts, local_states, reach,
     stride_kt, stride_kh, stride_vt, stride_vh, tokens, heads, segments,
@@ -196,7 +198,7 @@ def state_before(
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def lightning_outputs(
     q, k, v, out, rates, lengths, counts, initial, final, slots, local_states, reach,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, heads, segments,

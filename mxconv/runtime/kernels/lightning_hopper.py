@@ -213,7 +213,7 @@ def write_zeros(out, stride, start, stop, ROWS: gl.constexpr, C: gl.constexpr, B
         gl.store(at, gl.zeros((C, BV), out.dtype.element_ty, ROWS), mask=(first + i < stop)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("tokens", "heads", "segments"))
 def hopper_outputs(
     q, k, v, out, q_rows, k_rows, v_rows, out_rows, rates, lengths, counts, initial, final, slots, local_states, reach,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, heads, segments,
