@@ -166,13 +166,17 @@ def convert(
 def quantize(
     source: Path | str, output: Path | str, *, scheme: str = "w4afp8", tp: int = 1, group_size: int | None = None,
     hadamard_block: int | None = None, ignore: Sequence[str] = (), drop: Sequence[str] = (), keep_decay: bool = False,
-    calibration: Path | None = None, statistics: Path | None = None, device: str = "cpu",
+    calibration: Path | None = None, statistics: Path | None = None, device: str | None = None,
     options: RunOptions | None = None, progress: Progress = SILENT,
 ) -> RunResult:  # fmt: skip
-    """Write `source` with its routed experts quantized by `scheme`, for `tp` ranks; `device` decides speed, never a byte."""
+    """Write `source` with its routed experts quantized by `scheme`, for `tp` ranks.
+
+    device: cpu, cuda or cuda:N, for calibration and encoding; that of `options` when it is not given.
+    """
     from mxconv.quantize.schemes import get_scheme
 
+    options = replace(options or RunOptions(), device=device or (options or RunOptions()).device)
     chosen = get_scheme(scheme, group_size=group_size, hadamard_block=hadamard_block)
     request = Request(tp=tp, scheme=chosen, ignore=tuple(ignore), drop=tuple(drop), keep_decay=keep_decay)
-    prepared = prepare(Path(source), request, calibration=calibration, statistics=statistics, device=device)
-    return execute(prepared, Path(output), replace(options or RunOptions(), device=device), progress)
+    prepared = prepare(Path(source), request, calibration=calibration, statistics=statistics, device=options.device)
+    return execute(prepared, Path(output), options, progress)

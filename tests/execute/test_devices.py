@@ -143,6 +143,8 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(UsageError) as caught:
         quantize(source, tmp_path / "out", device=name)
     assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
+    with pytest.raises(UsageError):
+        quantize(source, tmp_path / "out", options=RunOptions(device=name))
 
 
 def test_what_a_lane_holds_is_known_from_the_plan(tmp_path: Path) -> None:
