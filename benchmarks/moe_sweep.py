@@ -28,7 +28,7 @@ from mxconv.runtime.kernels.moe_table import Launch
 
 def candidates(kind: Kind, tokens: int, projection: str) -> Iterator[Launch]:
     """The launches worth trying at `tokens` tokens."""
-    splits, swaps = [1], [True]
+    splits = [1]
     if tokens <= 128:
         shapes, stages = [(64, 16, 4), (128, 16, 4)], [3, 4, 5]
         if tokens <= 2:
@@ -37,17 +37,9 @@ def candidates(kind: Kind, tokens: int, projection: str) -> Iterator[Launch]:
         shapes, stages = [(128, 16, 4), (64, 32, 4), (128, 32, 4), (128, 64, 4)], [3, 4]
     else:
         shapes, stages = [(128, 64, 4), (256, 64, 8), (128, 128, 8), *([(256, 128, 8)] if kind == "int4_int8" else [])], [3, 4]
-        swaps = [True, False] if kind == "e4m3" else [True]
-    gate = projection == "up"
-    for (block_n, block_t, warps), stage, split, swap in itertools.product(shapes, stages, splits, swaps):
-        yield Launch(
-            block_n=block_n, block_t=block_t, warps=warps, stages=stage, splits=split, swap=swap, gated=gate and split == 1
-        )  # fmt: skip
-    if tokens > 512:
-        for (block_n, block_t, warps), stage in itertools.product([(256, 128, 8), (256, 64, 8), (128, 64, 4)], stages):
-            yield Launch(
-                block_n=block_n, block_t=block_t, warps=warps, stages=stage, swap=kind != "e4m3", gated=gate, wide=True
-            )  # fmt: skip
+    for (block_n, block_t, warps), stage, split in itertools.product(shapes, stages, splits):
+        for gated in {False, projection == "up" and split == 1}:
+            yield Launch(block_n=block_n, block_t=block_t, warps=warps, stages=stage, splits=split, gated=gated)
 
 
 def call_of(
@@ -94,8 +86,7 @@ def report(name: str, tokens: int, top: int) -> None:
         for ms, launch in timed[:top] + timed[-1:]:
             sys.stdout.write(
                 f"{name:16} {projection:4} {tokens:5} tokens  {ms * 1000:8.1f} us  n{launch.block_n} t{launch.block_t} "
-                f"w{launch.warps} s{launch.stages} k{launch.splits}{'' if launch.swap else ' tokens'}"
-                f"{' wide' if launch.wide else ''}\n"
+                f"w{launch.warps} s{launch.stages} k{launch.splits}{' gated' if launch.gated else ''}\n"
             )
         sys.stdout.flush()
 

@@ -24,7 +24,6 @@ from mxconv.runtime.kernels.moe_activation import combine, hidden_kernel
 from mxconv.runtime.kernels.moe_dense import DenseExperts
 from mxconv.runtime.kernels.moe_front import front_kernel
 from mxconv.runtime.kernels.moe_gemm import grouped_gemm_kernel
-from mxconv.runtime.kernels.moe_gemm_wide import wide_gemm_kernel
 from mxconv.runtime.kernels.moe_overlap import overlap_options
 from mxconv.runtime.kernels.moe_pack import (
     ROWS,
@@ -96,14 +95,13 @@ class Matrix:
         scales = "flat" if scheme.granularity in ("channel", "tensor") else scheme.granularity
         rows = launch.block_n // 2 if launch.gated else launch.block_n
         grid = ((self.n // 2 if launch.gated else self.n) // rows, tiles.numel() // 3, launch.splits)
-        kernel, block_n = (wide_gemm_kernel, launch.block_n // 2) if launch.wide else (grouped_gemm_kernel, launch.block_n)
-        kernel[grid](
+        grouped_gemm_kernel[grid](
             x, self.codes, self.scale, x_scale, self.scale, x_scale, self.expert_scale, out, order, tiles,
             self.n, self.k, len(order),
             WEIGHT=self.kind, SCALES=scales, GROUP_STEPS=(scheme.group_size or STEP) // STEP, PER_TOKEN=per_token,
             ROW_SCALE=scheme.granularity == "channel", TOKEN_SCALE=rule.scale == "token", EXPERT_SCALE=scheme.static,
-            FACTOR=FACTORS[self.kind], GATED=launch.gated, BLOCK_N=block_n, BLOCK_T=launch.block_t, STAGES=launch.stages,
-            SWAP=launch.swap, NATIVE=not triton.knobs.runtime.interpret, num_warps=launch.warps, **overlap_options(x.device),
+            FACTOR=FACTORS[self.kind], GATED=launch.gated, BLOCK_N=launch.block_n, BLOCK_T=launch.block_t, STAGES=launch.stages,
+            NATIVE=not triton.knobs.runtime.interpret, num_warps=launch.warps, **overlap_options(x.device),
         )  # fmt: skip
 
 

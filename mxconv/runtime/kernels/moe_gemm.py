@@ -6,7 +6,7 @@
 The operands are swapped, outᵀ = w·xᵀ, so that a handful of tokens is the *narrow* side of the tensor cores' 64×n product and
 wastes nothing. The weights come as `moe_pack` lays them out: [E, N/64, K/128, 64, bytes of 128 codes], one contiguous run a step.
 int4 bytes are widened in registers (the low nibbles are inputs 0-63 of the step, the high ones 64-127) and never return to shared
-memory. Without SWAP (e4m3 alone, at many tokens) the tokens are the wide side, and a token's scale is one of its row.
+memory.
 
     int4_e4m3   nibble s·mmm → the byte s0000mmm, the e4m3 subnormal ±m·2⁻⁹: exact, and one or two instructions for four codes
     int4_int8   nibble q, two's complement → the byte q·16, int8 products summed exactly in int32
@@ -97,8 +97,7 @@ def grouped_gemm_kernel(
     x, w, scales, token_group_scales, row_scale, token_scale, expert_scale, out, order, tiles, N, K, assignments,
     WEIGHT: tl.constexpr, SCALES: tl.constexpr, GROUP_STEPS: tl.constexpr, PER_TOKEN: tl.constexpr, ROW_SCALE: tl.constexpr,
     TOKEN_SCALE: tl.constexpr, EXPERT_SCALE: tl.constexpr, FACTOR: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, NATIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See the file. x [R, K] codes; w int8 [E, N/64, K/128, 64, 64 | 128]; out [splits, assignments, N] in its own dtype.
 
@@ -145,19 +144,13 @@ def grouped_gemm_kernel(
         low_at = scales + (expert * tl.cdiv(N, 128) + n_block * WIDTH // 128) * steps + begin
         high_at = scales + (expert * tl.cdiv(N, 128) + second // 128) * steps + begin
         a_at = token_group_scales + row * steps + begin
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WEIGHT == "int4_int8" else tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if WEIGHT == "int4_int8" else tl.float32)
     for k in tl.range(begin, end, num_stages=STAGES):
-        codes, xv = operand(tl.load(w_base + w_off), WEIGHT, NATIVE), tl.load(x_base + x_off)
+        codes, xt = operand(tl.load(w_base + w_off), WEIGHT, NATIVE), tl.trans(tl.load(x_base + x_off))
         if WEIGHT == "int4_int8":
-            acc = tl.dot(codes, tl.trans(xv), acc, out_dtype=tl.int32)
+            acc = tl.dot(codes, xt, acc, out_dtype=tl.int32)
         else:
-            if SWAP:
-                partial = tl.dot(codes, tl.trans(xv))
-            else:
-                partial = tl.dot(xv, tl.trans(codes))
+            partial = tl.dot(codes, xt)
             if SCALES == "group":
                 acc += partial * tl.load(s_base + s_off)[:, None]
                 if GROUP_STEPS == 1:
@@ -167,16 +160,9 @@ def grouped_gemm_kernel(
             elif SCALES == "block":
                 if HALVES:
                     s = tl.where(i < BLOCK_N // 2, tl.load(low_at), tl.load(high_at))
-                    if SWAP:
-                        acc += partial * (s[:, None] * tl.load(a_at)[None, :])
-                    else:
-                        acc += partial * (tl.load(a_at)[:, None] * s[None, :])
+                    acc += partial * (s[:, None] * tl.load(a_at)[None, :])
                 else:
-                    s = tl.load(low_at) * tl.load(a_at)
-                    if SWAP:
-                        acc += partial * s[None, :]
-                    else:
-                        acc += partial * s[:, None]
+                    acc += partial * (tl.load(low_at) * tl.load(a_at))[None, :]
                 low_at += 1
                 high_at += 1
                 a_at += 1
@@ -184,9 +170,7 @@ def grouped_gemm_kernel(
                 acc += partial
         w_base += 64 * BYTES
         x_base += 128
-    if SWAP:
-        acc = tl.trans(acc)
-    y = acc.to(tl.float32) * FACTOR
+    y = tl.trans(acc).to(tl.float32) * FACTOR
     if ROW_SCALE:
         y *= tl.load(row_scale + expert * N + n)[None, :]
     if TOKEN_SCALE:

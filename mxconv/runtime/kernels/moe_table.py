@@ -13,7 +13,8 @@ from mxconv.runtime.kernels.moe_pack import STEP, Kind
 PROGRAMS = 528
 """K is split until there are about this many programs: four for each multiprocessor of an H200."""
 SPLIT_ASSIGNMENTS = 64
-"""Above this many assignments K is not split: partial sums would be most of the traffic."""
+"""Up to here K may be split, and SwiGLU is left to the next kernel: reading gate and up rows from two places is slower where
+programs are few (56 against 42 µs at 16 tokens). Above, partial sums would be most of the traffic."""
 MIN_STEPS = 4
 """Steps of K that a split has at least."""
 
@@ -27,20 +28,21 @@ class Launch:
     warps: int
     stages: int
     splits: int = 1
-    swap: bool = True
-    """The weights are the wide operand; see moe_gemm."""
-    wide: bool = False
-    """Two blocks of block_n/2 rows of w share the tokens: the kernel of moe_gemm_wide. K is not split."""
     gated: bool = False
     """SwiGLU is done by the GEMM."""
 
 
-_SAME = (
-    (16, Launch(block_n=128, block_t=16, warps=4, stages=4)), (40, Launch(block_n=128, block_t=32, warps=4, stages=4)),
-    (1 << 30, Launch(block_n=128, block_t=64, warps=4, stages=4)),
-)  # fmt: skip
-_BLOCKS: Mapping[Kind, tuple[tuple[int, Launch], ...]] = {"int4_e4m3": _SAME, "int4_int8": _SAME, "e4m3": _SAME}
-"""Inner loop → (assignments an expert up to which it holds, blocks)."""
+def _launches(stages: int) -> tuple[tuple[int, Launch], ...]:
+    return (
+        (1, Launch(block_n=128, block_t=16, warps=4, stages=4)), (20, Launch(block_n=128, block_t=16, warps=4, stages=stages)),
+        (48, Launch(block_n=128, block_t=32, warps=4, stages=4)), (1 << 30, Launch(block_n=128, block_t=64, warps=4, stages=4)),
+    )  # fmt: skip
+
+
+_BLOCKS: Mapping[Kind, tuple[tuple[int, Launch], ...]] = {
+    "int4_e4m3": _launches(3), "int4_int8": _launches(3), "e4m3": _launches(4)
+}  # fmt: skip
+"""Inner loop → (assignments an expert up to which it holds, blocks), as measured on an H200 with benchmarks/moe_sweep.py."""
 
 
 def block_tokens(kind: Kind, assignments: int, experts: int) -> int:
@@ -58,7 +60,7 @@ def max_tiles(assignments: int, experts: int, block_t: int) -> int:
 
 
 def launch_of(kind: Kind, assignments: int, experts: int, n: int, k: int, *, gate: bool = False) -> Launch:
-    """The launch of a GEMM of [assignments, k] with experts [n, k]; with `gate` it does SwiGLU too where K is not split."""
+    """The launch of a GEMM of [assignments, k] with experts [n, k]; with `gate` it does SwiGLU too where that pays."""
     blocks = _blocks(kind, assignments, experts)
     block_n = next(size for size in (blocks.block_n, 128, 64) if n % size == 0 and (n // 2) % (size // 2) == 0)
     splits = 1
@@ -67,4 +69,4 @@ def launch_of(kind: Kind, assignments: int, experts: int, n: int, k: int, *, gat
         steps = k // STEP
         while programs * splits * 2 <= PROGRAMS * 2 and steps // (splits * 2) >= MIN_STEPS:
             splits *= 2
-    return replace(blocks, block_n=block_n, splits=splits, gated=gate and splits == 1)
+    return replace(blocks, block_n=block_n, splits=splits, gated=gate and assignments > SPLIT_ASSIGNMENTS)
