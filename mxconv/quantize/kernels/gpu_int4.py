@@ -78,11 +78,10 @@ def int4_kernel(
 ):  # fmt: skip
     """Codes and scales of 4·R rows × 8·L·STEPS columns a program; the grid is row tiles × column tiles, columns fastest.
 
-    weights: as of `load_run`. codes: int8 [width/2, rows] with lines
-    `stride` bytes apart, seen as int32 with WORDS. scales: float32 [rows, groups], what is stored. absmax: with GIVEN, float32
-    [rows, groups], of the rotated weights before they are divided by `root`; else unused. flags: see `report`.
-    root, inverse, remainder: of fl(√b), b = 2^LOG2, for `divided`. CHUNK: columns that share a scale for certain: the group, or
-    with GIVEN a divisor of it. MASKED: the columns do not divide into runs.
+    weights: as of `load_run`. codes: int8 [width/2, rows] with lines `stride` bytes apart, seen as int32 with WORDS. scales:
+    float32 [rows, groups], what is stored. absmax: with GIVEN, float32 [rows, groups], of the rotated weights before they are
+    divided by `root`; else unused. flags: see `report`. root, inverse, remainder: of fl(√b), b = 2^LOG2, for `divided`. CHUNK:
+    columns that share a scale for certain, the group, or with GIVEN a divisor of it. MASKED: the columns do not divide into runs.
     """
     SPAN: tl.constexpr = 8 * L * STEPS
     COUNT: tl.constexpr = 8 * STEPS
