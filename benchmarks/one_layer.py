@@ -8,12 +8,13 @@ least bytes (decode) or operations (prefill) take at the copy and matrix-product
 are relative L2 of 512 tokens against the same layer in float32 with unquantized weights: of the layer's output (its residual is
 3.6 × the normalised input) and of its experts' part alone. Static activation scales are calibrated on those tokens at tp 1.
 
-A process for each (tp, scheme) builds and compiles; they do that side by side and are timed one after the other.
+A process for each scheme builds and compiles; they do that side by side and are timed one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import time
@@ -28,7 +29,7 @@ from torch import Tensor
 from mxconv.bench.ceilings import Ceilings, measure_ceilings, seconds_of
 from mxconv.bench.costs import Cut
 from mxconv.bench.random_weights import OneRank, RandomWeights
-from mxconv.bench.report import described, fastest_encoder
+from mxconv.bench.report import described, device_name, fastest_encoder
 from mxconv.bench.runs import operations_by_dtype
 from mxconv.bench.shapes import SHAPES, SyntheticShape, synthetic_config
 from mxconv.quantize.schemes import SCHEMES
@@ -174,24 +175,31 @@ class Bench:
         return found
 
 
-def child(
-    pipe: Connection, options: argparse.Namespace, tp: int, scheme: str, absmax: Any, expected: Any, ceilings: Ceilings
-) -> None:
-    """Build and run everything once, say so, wait for the turn, then measure."""
-    try:
-        bench = Bench(options, tp, scheme, absmax)
-        errors = bench.errors({key: value.to(bench.device) for key, value in expected.items()})
-        for index in KINDS:
-            bench.decode(index)()
-            bench.prefill(index)()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        pipe.send("ready")
-        pipe.recv()
-        memory = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
-        pipe.send({**bench.load, "errors": errors, "peak_bytes": memory, **bench.measured(ceilings)})
-    except Exception as failure:  # the other processes go on; the table says what failed
-        pipe.send(failure if isinstance(failure, RuntimeError) else RuntimeError(f"{type(failure).__name__}: {failure}"))
+def child(pipe: Connection, options: argparse.Namespace, scheme: str) -> None:
+    """For each order (tp, absmax, expected, ceilings): build and run everything once, say so, wait for the turn, measure."""
+    while (order := pipe.recv()) is not None:
+        tp, absmax, expected, ceilings = order
+        try:
+            bench = Bench(options, tp, scheme, absmax.get(scheme, {}))
+            errors = bench.errors({key: value.to(bench.device) for key, value in expected.items()})
+            for index in KINDS:
+                bench.decode(index)()
+                bench.prefill(index)()
+            tidy()
+            pipe.send("ready")
+            pipe.recv()
+            pipe.send({**bench.load, "errors": errors, **bench.measured(ceilings)})
+        except Exception as failure:  # the other processes go on; the table says what failed
+            pipe.send(RuntimeError(f"{type(failure).__name__}: {failure}"))
+        bench = None
+        tidy()
+
+
+def tidy() -> None:
+    """Give the device back what nothing uses."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def show(tp: int, scheme: str, row: dict[str, Any]) -> None:
@@ -213,22 +221,37 @@ def heard(pipe: Connection) -> Any:
         return RuntimeError("the process ended (out of memory?)")
 
 
-def together(
-    options: argparse.Namespace, tp: int, schemes: list[str], absmax: Any, expected: Any, ceilings: Ceilings
-) -> Iterator[tuple[str, Any]]:
-    """Rows of `schemes`, or what failed: each in a process, all built before the first is timed."""
+def started(options: argparse.Namespace, schemes: list[str]) -> dict[str, Connection]:
+    """A process for each scheme, waiting for orders at the other end of its pipe."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for scheme in schemes:
         pipes[scheme], other = context.Pipe()
-        arguments = other, options, tp, scheme, absmax.get(scheme, {}), expected, ceilings
-        context.Process(target=child, args=arguments, daemon=True).start()
+        context.Process(target=child, args=(other, options, scheme), daemon=True).start()
         other.close()
+    return pipes
+
+
+def rows_of(pipes: dict[str, Connection], order: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """Each scheme's row, or what failed: all build side by side, then they are timed one after the other."""
+    for pipe in pipes.values():
+        pipe.send(order)
     said = {scheme: heard(pipe) for scheme, pipe in pipes.items()}
     for scheme, pipe in pipes.items():
         if said[scheme] == "ready":
             pipe.send("go")
             said[scheme] = heard(pipe)
         yield scheme, said[scheme]
+
+
+def judged(options: argparse.Namespace, device: torch.device) -> tuple[dict[int, Any], Any]:
+    """Expected outputs by tp, and the absmax of the static schemes."""
+    expected, absmax = {}, None
+    for tp in sorted({1, *options.tp}):
+        outputs, found = judge(SHAPES[options.shape], tp, device, options.judged)
+        absmax = found if tp == 1 else absmax
+        expected[tp] = {key: value.cpu() for key, value in outputs.items()}
+    tidy()
+    return expected, absmax
 
 
 def main() -> None:
@@ -241,29 +264,32 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--shape", default="m1")
     parser.add_argument("--judged", type=int, default=JUDGED_TOKENS)
-    parser.add_argument("--together", type=int, default=3, help="processes at a time; each holds a model")
+    parser.add_argument("--together", type=int, help="processes at a time, each with a model (default: 6, or 2 below 120 GB)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
+    together = options.together or (6 if device.type == "cpu" or torch.cuda.mem_get_info(device)[1] > 120e9 else 2)
+    groups = [options.schemes[first : first + together] for first in range(0, len(options.schemes), together)]
+    pipes = started(options, groups[0])
     ceilings = measure_ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}: {described(ceilings)}", flush=True)
+    print(f"{device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}: {described(ceilings)}", flush=True)
     print(f"one layer, {options.tokens} tokens of prefill, {options.slots} slots at {options.context}: ms (of ceiling)")
     print("| tp | experts | lightning prefill | decode | softmax prefill | decode | error of the layer (l / s) | of the experts |")
-    _, absmax = judge(SHAPES[options.shape], 1, device, options.judged)
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    expected, absmax = judged(options, device)
     rows = []
-    for tp in options.tp:
-        outputs, _ = judge(SHAPES[options.shape], tp, device, options.judged)
-        expected = {key: value.cpu() for key, value in outputs.items()}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        for first in range(0, len(options.schemes), options.together):
-            for scheme, row in together(options, tp, options.schemes[first : first + options.together], absmax, expected, ceilings):
+    for number, schemes in enumerate(groups):
+        pipes = pipes if number == 0 else started(options, schemes)
+        for tp in options.tp:
+            for scheme, row in rows_of(pipes, (tp, absmax, expected[tp], ceilings)):
                 if isinstance(row, Exception):
                     print(f"| {tp} | {scheme} | {row}", flush=True)
                     continue
                 rows.append({"tp": tp, "scheme": scheme, **row})
                 show(tp, scheme, row)
+        for pipe in pipes.values():
+            pipe.send(None)
     if options.json:
         document = {"copy": ceilings.copy, "matmul": ceilings.matmul, "options": {**vars(options), "json": None}, "rows": rows}
         options.json.write_text(json.dumps(document, indent=1))

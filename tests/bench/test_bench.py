@@ -96,6 +96,21 @@ def test_a_folder(tmp_path: Path) -> None:
     assert [row["tokens"] for row in bench("moe", folder)["measured"]] == [1, 16]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are captured, ceilings of both kinds are there, and every subject runs as a kernel."""
+    monkeypatch.setattr("mxconv.bench.ceilings.COPY_BYTES", {"cuda": 64 << 20})
+    monkeypatch.setattr("mxconv.bench.ceilings.MATMUL_SIZE", {"cuda": 1024})
+    small = ("--shape", "small", "--device", "cuda")
+    for scheme in ((), ("--scheme", "w4afp8"), ("--scheme", "block_wise_fp8")):
+        document = bench("decode", *small, *scheme, "--slots", "5", "--context", "300", "--steps", "4")
+        assert document["measured"][0]["detail"]["graphs"] and document["dtype"] == "bfloat16"
+        assert set(document["ceilings"]["operations_per_second"]) == {"bfloat16", "float8_e4m3fn"}
+    bench("prefill", *small, "--scheme", "w4a8", "--tokens", "500")
+    assert len(bench("moe", *small, "--scheme", "tensor_wise_fp8")["measured"]) == 2
+    assert len(bench("quantize", *small)["measured"]) == 10
+
+
 def test_the_quantizer() -> None:
     rows = bench("quantize", "--scheme", "w4afp8")["measured"]
     assert [row["name"].split()[1] for row in rows] == ["up_gate_proj", "down_proj"]
