@@ -169,6 +169,22 @@ def render(row: Row) -> str:
     return " ".join(cells) + (f"  {row['failed']}" if "failed" in row else "")
 
 
+def table(rows: list[Row]) -> str:
+    """The README's table: GEMMs in milliseconds (fraction of their floor) and whole layers, a row a scheme, by tokens."""
+    counts = sorted({int(str(row["tokens"])) for row in rows})
+    lines = ["| | " + " | ".join(f"{count} tokens" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for name in dict.fromkeys(str(row["scheme"]) for row in rows):
+        cells = {row["tokens"]: row for row in rows if row["scheme"] == name and "gemm_ms" in row}
+        shown = [
+            f"{cells[count]['gemm_ms']:.3f} ({cells[count]['of_floor']:.2f})"
+            + (f", layer {cells[count]['layer_ms']:.3f}" if "layer_ms" in cells[count] else "")
+            if count in cells else "–"
+            for count in counts
+        ]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 2048])
@@ -199,6 +215,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if not arguments.no_peers:
         take(peer_rows(arguments.tokens, limits))
+    sys.stdout.write(table(rows) + "\n")
 
 
 if __name__ == "__main__":

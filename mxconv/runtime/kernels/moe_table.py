@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from mxconv.runtime.kernels.moe_pack import STEP, Kind
 
 PROGRAMS = 528
-"""K is split until there are about this many programs: four for each multiprocessor of an H200."""
+"""K is split in two until there are more programs than this: four for each multiprocessor of an H200."""
 SPLIT_ASSIGNMENTS = 64
 """Up to here K may be split, and SwiGLU is left to the next kernel: reading gate and up rows from two places is slower where
 programs are few (56 against 42 µs at 16 tokens). Above, partial sums would be most of the traffic."""
@@ -67,6 +67,6 @@ def launch_of(kind: Kind, assignments: int, experts: int, n: int, k: int, *, gat
     if assignments <= SPLIT_ASSIGNMENTS:
         programs = -(-n // block_n) * max_tiles(assignments, experts, blocks.block_t)
         steps = k // STEP
-        while programs * splits * 2 <= PROGRAMS * 2 and steps // (splits * 2) >= MIN_STEPS:
+        while programs * splits <= PROGRAMS and steps // (splits * 2) >= MIN_STEPS:
             splits *= 2
     return replace(blocks, block_n=block_n, splits=splits, gated=gate and assignments > SPLIT_ASSIGNMENTS)
