@@ -96,3 +96,17 @@ def _divides(scheme: Scheme, projection: str, n: int) -> bool:
     except UsageError:
         return False
     return True
+
+
+def hard_pairs(divisors: int) -> list[tuple[int, int]]:
+    """24-bit (x, divisor) whose quotient is as near to the middle of two float32 numbers as any of that divisor can be."""
+    make = torch.Generator().manual_seed(8)
+    pairs = []
+    special = [2**23 + 1, 2**24 - 1, 2**24 - 3, 2**23 + 3]
+    for d in special + (torch.randint(2**22, 2**23, (divisors,), generator=make) * 2 + 1).tolist():
+        for bits in (24, 25):  # quotients from 1 on, and below 1
+            inverse = pow(1 << bits, -1, d)
+            for c in (1, -1, 2, -2, 3, -3):
+                x = c * inverse % d
+                pairs += [(x + d * k, d) for k in (0, 1) if 2**23 <= x + d * k < 2**24]
+    return pairs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -28,6 +30,7 @@ from tests.quantize.gpu_cases import (
     bit_patterns,
     check,
     gaussian,
+    hard_pairs,
     same_bits,
     vouched,
     widths,
@@ -222,22 +225,28 @@ def test_quotients_round_as_divisions_do() -> None:
 
 @pytest.mark.gpu
 def test_quotients_next_to_a_tie_round_as_divisions_do() -> None:
-    """The hardest pairs of all: quotients that are as near to the middle of two numbers as they can be, for many divisors."""
-    make = torch.Generator().manual_seed(8)
-    pairs = []
-    special = [2**23 + 1, 2**24 - 1, 2**24 - 3, 2**23 + 3]
-    for d in special + (torch.randint(2**22, 2**23, (40000,), generator=make) * 2 + 1).tolist():
-        for bits in (24, 25):
-            inverse = pow(1 << bits, -1, d)
-            for c in (1, -1, 2, -2, 3, -3):
-                a = c * inverse % d
-                pairs += [(a + d * k, d) for k in (0, 1) if 2**23 <= a + d * k < 2**24]
+    """The hardest pairs of all, on the device; 40,000 divisors."""
+    pairs = hard_pairs(40000)
     size = 1024
     pairs = pairs[: len(pairs) // size * size]
     x, d = (torch.tensor(column, dtype=torch.float32).view(torch.int32) for column in zip(*pairs, strict=True))
     found = torch.cat((torch.zeros(1, dtype=torch.int32), torch.stack((x, d), dim=1).view(-1))).cuda()
     _differences[(len(pairs) // size,)](found, 0, 0, 0, MANTISSAS=True, ROUNDS=1, SIZE=size, enable_fp_fusion=False)
     assert len(pairs) > 100000 and int(found[0]) == 0
+
+
+def test_the_residual_step_rounds_right_next_to_a_tie() -> None:
+    """The formula of `quotient` itself, on the CPU: 64 bits decide nearly all of these pairs, exact fractions the rest."""
+    x, d = (np.array(column, dtype=np.float32) for column in zip(*hard_pairs(20000), strict=True))
+    inverse, right = np.float32(1) / d, x / d
+    first = x * inverse
+    rest = (first.astype(np.float64) * d - x).astype(np.float32)  # exact: both are multiples of the same small unit
+    got = (first.astype(np.longdouble) - rest.astype(np.longdouble) * inverse).astype(np.float32)
+    assert (first != right).mean() > 0.2
+    for i in np.nonzero(got != right)[0]:
+        exact = Fraction(float(first[i])) - Fraction(float(rest[i])) * Fraction(float(inverse[i]))
+        below, above = (np.nextafter(right[i], np.float32(side)) for side in (0, 2))
+        assert Fraction(float(below)) + Fraction(float(right[i])) < 2 * exact < Fraction(float(right[i])) + Fraction(float(above))
 
 
 @triton.jit
