@@ -164,11 +164,11 @@ class Bench:
         options, cut, config = self.options, self.cut, self.model.config
         for index, kind in KINDS.items():
             step = self.decode(index)
-            seconds = seconds_of(lambda step=step: [step() for _ in range(STEPS)], self.device, repeats=9) / STEPS  # type: ignore[misc]
+            seconds = seconds_of(lambda step=step: [step() for _ in range(STEPS)], self.device, repeats=5) / STEPS  # type: ignore[misc]
             moved = cut.attention_weights(index) * cut.item_bytes + 4 * config.num_experts * config.hidden_size
             moved += cut.experts_bytes(options.slots) + cut.past_bytes(index, options.slots, options.context)
             found[f"{kind} decode"] = {"ms": seconds * 1e3, "of_ceiling": ceilings.floor(moved, {}) / seconds}
-            seconds = seconds_of(self.prefill(index), self.device, repeats=5, warmups=2)
+            seconds = seconds_of(self.prefill(index), self.device, repeats=3, warmups=2)
             dense = 2.0 * options.tokens * cut.attention_weights(index) + cut.attention_operations(index, options.tokens)
             operations = operations_by_dtype(self.model, ceilings, dense, cut.experts_operations(options.tokens))
             found[f"{kind} prefill"] = {"ms": seconds * 1e3, "of_ceiling": ceilings.floor(0.0, operations) / seconds}
@@ -288,11 +288,11 @@ def main() -> None:
                     continue
                 rows.append({"tp": tp, "scheme": scheme, **row})
                 show(tp, scheme, row)
+                if options.json:  # as it grows: a run that is cut short has told something
+                    document = {"copy": ceilings.copy, "matmul": ceilings.matmul, "options": {**vars(options), "json": None}}
+                    options.json.write_text(json.dumps({**document, "rows": rows}, indent=1))
         for pipe in pipes.values():
             pipe.send(None)
-    if options.json:
-        document = {"copy": ceilings.copy, "matmul": ceilings.matmul, "options": {**vars(options), "json": None}, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def test_against_the_twin(rows: int, width: int, factors: tuple[float, float]) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width"), [(1, 6144), (65, 6144), (7, 200), (2, WIDEST), (4097, 128)])
-def test_on_a_gpu(rows: int, width: int, dtype: torch.dtype) -> None:
-    for factors in ((1.0, 1.0), (3.5565588200778455, 1.0), (0.5, 1.5)):
+@pytest.mark.parametrize("width", [6144, 200, WIDEST])
+def test_on_a_gpu(width: int) -> None:
+    for rows, factors, dtype in ((1, (3.5565588200778455, 1.0), torch.bfloat16), (2050, (0.5, 1.5), torch.bfloat16)):
         check(rows, width, factors, dtype, "cuda")
