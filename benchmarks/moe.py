@@ -210,11 +210,11 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps({**header, "rows": rows}, indent=1))
 
-    for name in arguments.schemes:
-        take(quantized_rows(SCHEMES[name], arguments.tokens, limits))
-        torch.cuda.empty_cache()
     if not arguments.no_peers:
         take(peer_rows(arguments.tokens, limits))
+    for name in arguments.schemes:
+        torch.cuda.empty_cache()
+        take(quantized_rows(SCHEMES[name], arguments.tokens, limits))
     sys.stdout.write(table(rows) + "\n")
 
 
