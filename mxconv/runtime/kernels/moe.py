@@ -38,7 +38,7 @@ from mxconv.runtime.kernels.moe_pack import (
 )  # fmt: skip
 from mxconv.runtime.kernels.moe_route import route
 from mxconv.runtime.kernels.moe_sort import Sorted, empty_sorted, sort_arguments
-from mxconv.runtime.kernels.moe_table import Launch, block_tokens, launch_of
+from mxconv.runtime.kernels.moe_table import LARGEST_OFFSET, Launch, block_tokens, launch_of
 
 __all__ = ["DenseExperts", "Matrix", "MoeExperts", "route"]
 
@@ -46,8 +46,6 @@ FACTORS: dict[Kind, float] = {"int4_e4m3": 512.0 / INT4_MAX, "int4_int8": 1.0 / 
 """What a product of codes must be multiplied by, beside the scales: int4 codes are q·2⁻⁹ or 16·q, and scales are of q/7."""
 FEW_ROWS = 264
 """Two for each multiprocessor of an H200: up to here a row of activations gets a program of its own."""
-LARGEST_OFFSET = 2**31 - 1
-"""Elements of an activation matrix that the kernels address; more tokens are taken in parts."""
 
 
 class Matrix:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxconv.runtime.kernels.moe_overlap import after_previous, overlap_options
+from mxconv.runtime.kernels.moe_table import LARGEST_OFFSET
 
 FEW = 16
 """Tokens up to which a program multiplies them one by one, without tensor cores: the router is read once, from many places."""
@@ -153,6 +154,10 @@ def route(x: Tensor, router: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
     weights = torch.empty(tokens, per_token, device=x.device)
     if not tokens:
         return chosen, weights
+    most = LARGEST_OFFSET // x.shape[1]
+    if tokens > most:
+        parts = [route(part, router, per_token) for part in x.split(most)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     x, router = x.contiguous(), router.to(torch.float32).contiguous()
     few = tokens <= FEW or x.dtype == torch.float32  # whose products no two bf16 numbers hold
     logits = _few_logits(x, router) if few else _many_logits(x, router)

@@ -15,6 +15,8 @@ PROGRAMS = 528
 SPLIT_ASSIGNMENTS = 64
 """Up to here K may be split, and SwiGLU is left to the next kernel: reading gate and up rows from two places is slower where
 programs are few (56 against 42 µs at 16 tokens). Above, partial sums would be most of the traffic."""
+LARGEST_OFFSET = 2**31 - 1
+"""Elements of an activation matrix that the kernels address; more tokens are taken in parts."""
 MIN_STEPS = 4
 """Steps of K that a split has at least."""
 

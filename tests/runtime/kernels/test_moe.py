@@ -178,6 +178,12 @@ def test_a_layer_with_split_sums_interpreted(name: str, monkeypatch: pytest.Monk
 
 
 @interpreted
+def test_more_tokens_than_offsets_reach_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxconv.runtime.kernels.moe.LARGEST_OFFSET", 2 * 2 * 256 * 2)  # two tokens of two experts
+    check_layer(SCHEMES["w4a8"], CPU, torch.float32, tokens=5, hidden=256, intermediate=256, experts=3, per_token=2, bar=5e-3)
+
+
+@interpreted
 @pytest.mark.parametrize("name", ["w4afp8", "w4a8", "block_wise_fp8"])
 def test_a_layer_with_swiglu_in_the_gemm_interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mxconv.runtime.kernels.moe_table.SPLIT_ASSIGNMENTS", 0)

@@ -148,6 +148,12 @@ def test_route_interpreted(tokens: int) -> None:
     check_route(CPU, torch.float16, tokens, hidden=320, experts=6, per_token=2)
 
 
+@interpreted
+def test_route_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxconv.runtime.kernels.moe_route.LARGEST_OFFSET", 3 * 320)
+    check_route(CPU, torch.float16, 7, hidden=320, experts=6, per_token=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
