@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ BUNDLED = REPOSITORY / "mxconv" / "data" / "demo"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for what it starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tests run in as many processes as there are cores; several threads each would only wait for one another.
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
