@@ -35,7 +35,6 @@ RULES: Mapping[str, Rule] = {
     "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
     "lightning_decode": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
     "lightning_norm": Rule(dtypes=_HALF),
-    "rotate": Rule(dtypes=_HALF),
     "residual_norm": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] <= 16384),
     "moe": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 128 == 0 and shape["inner"] % 128 == 0),
     "moe_dense": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 16 == 0 and shape["inner"] % 16 == 0),

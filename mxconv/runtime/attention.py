@@ -22,7 +22,7 @@ from mxconv.runtime.loader import Weights
 from mxconv.runtime.norm import scale_by_rms, statistics_dtype
 from mxconv.runtime.parallel import Group
 from mxconv.runtime.recurrence import recur
-from mxconv.runtime.rope import rotated
+from mxconv.runtime.rope import rotate_heads
 from mxconv.runtime.softmax import attend_batch
 
 CHUNK_TOKENS = 4096
@@ -120,7 +120,7 @@ class SoftmaxAttention:
         """[B, T, N·D] of one rank."""
         fused = project(h, self.inputs[rank]).unflatten(-1, (-1, self.head_dim))
         keys = (fused.shape[2] - self.heads) // 2
-        q, k = rotated(fused[:, :, : self.heads + keys], batch.rope).split((self.heads, keys), dim=2)
+        q, k = rotate_heads(fused[:, :, : self.heads + keys], batch.rope).split((self.heads, keys), dim=2)
         v = fused[:, :, self.heads + keys :]
         out = attend_batch(q, k, v, batch) if cache is None else cache.attend(self.layer, rank, q, k, v, batch)
         return out.flatten(2)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxconv.dispatch import triton_wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,3 @@ def rotate_heads(x: Tensor, rope: Rope) -> Tensor:
     half = rope.cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin, rest), dim=-1)
-
-
-def rotated(x: Tensor, rope: Rope) -> Tensor:
-    """`rotate_heads` of heads that nobody needs unrotated: a kernel does it in place."""
-    if not triton_wanted("rotate", x.device, x.dtype):
-        return rotate_heads(x, rope)
-    from mxconv.runtime.kernels.rotate import rotate_in_place
-
-    rotate_in_place(x, rope.cos, rope.sin)
-    return x
