@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 
-
 @dataclass(frozen=True, slots=True)
 class Rope:
     """cos and sin [B, T, 1, rotary_dim/2] of a batch's positions; B may be 1."""
