@@ -19,17 +19,18 @@ import triton
 
 from mxconv.runtime.kernels import lightning_decode as decode
 from mxconv.runtime.kernels import lightning_prefill as prefill
+from mxconv.runtime.kernels.lightning_launches import LAUNCHES, Launch, Launches
 
 CHUNKED = list(itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3, 4)))
 HOPPER_STAGES = (2, 3, 4)
 STEPS = list(itertools.product((16, 32, 64, 128), (1, 2, 4, 8)))
 
 
-def prefill_launches(size: int, half: bool) -> Iterator[tuple[str, prefill.Launches]]:
+def prefill_launches(size: int, half: bool) -> Iterator[tuple[str, Launches]]:
     """Launches of the output pass, each with the state pass of the table."""
-    best = prefill.LAUNCHES[max(64, 1 << (size - 1).bit_length()), half]
+    best = LAUNCHES[max(64, 1 << (size - 1).bit_length()), half]
     for shape in CHUNKED:
-        launch = prefill.Launch(**dict(zip(("columns", "chunk", "warps", "stages"), shape, strict=True)))
+        launch = Launch(**dict(zip(("columns", "chunk", "warps", "stages"), shape, strict=True)))
         yield f"{launch}", dataclasses.replace(best, outputs=launch, hopper=None)
     if best.hopper:
         for stages in HOPPER_STAGES:

@@ -32,7 +32,8 @@ class Rule:
 
 _HALF = frozenset({"bfloat16", "float16"})
 RULES: Mapping[str, Rule] = {
-    "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
+    # The head_dims whose kernels have been run on a GPU.
+    "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] in (16, 32, 64, 96, 128, 256)),
     "lightning_decode": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
     "lightning_norm": Rule(dtypes=_HALF),
     "residual_norm": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] <= 16384),

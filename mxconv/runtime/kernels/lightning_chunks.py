@@ -15,7 +15,8 @@ before its own. Tokens whose decay to the segment's end is below e^-`reach` are 
 a short halo twice.
 
 Tiles that pass through registers are multiplied as float32 (tf32 keeps every bit of two-byte values): triton 3.6 multiplies a
-two-byte tile wrongly, or faults, where it comes from registers and is transposed.
+two-byte tile wrongly, or faults, where it comes from registers and is transposed. So two-byte tiles must be copied as they are,
+16 bytes at a time: the caller sees to it that pointers and strides allow that.
 
 This file needs triton alone, so that it compiles for a GPU where there is no torch.
 """

@@ -4,77 +4,39 @@ Twin: `mxconv.runtime.lightning.lightning` (formulas there). Where heads × colu
 q, k, v does it. Where they do not (a TP-8 rank has 8 heads) each sequence is cut into segments: a pass over k and v writes what
 each segment leaves behind, and the output pass starts each segment from the decayed sum of those before it.
 
-Accuracy, relative L2 against float64 (q, k, v behind SiLU, as in the model): bf16 and fp16 outputs ≤ 2e-3, states ≤ 1e-3;
-float32 both ≤ 2e-6. Operands of products are in the dtype of q; the state, decay factors and sums in float32.
+Accuracy, relative L2 against float64 (q, k, v behind SiLU, as in the model):
+
+    outputs     bf16 ≤ 2e-3, of which its own rounding is 1.7e-3; fp16 ≤ 1e-3; float32 ≤ 2e-6
+    states      on Hopper with head_dim 64 or 128 ≤ 1e-4 from two-byte values (split operands); else bf16 ≤ 1.5e-3, fp16 ≤ 1e-3;
+                float32 ≤ 2e-6
+
+The state, decay factors and sums are float32. In 10⁶ tokens without any decay the matrix unit's truncating sums reach 1e-3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mxconv.errors import UsageError
+from mxconv.runtime.kernels.lightning_launches import COOKS, LAUNCHES, Launch, Launches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
+ALIGNED = (64, 96, 128, 256)
+"""head_dims whose two-byte rows the kernels take as they are; others, and rows that do not lie on 16 elements, are taken as
+float32: triton 3.6 multiplies a two-byte tile wrongly where it comes from registers and is transposed."""
 REACH = {torch.bfloat16: 24.0, torch.float16: 24.0, torch.float32: 40.0}
 """Tokens decayed by more than e^-reach before a segment starts are left out of its state."""
 PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
 """How products of float32 operands are taken; two-byte operands do not ask."""
 SHORTEST_SEGMENT = 256
 """Tokens; shorter segments would spend more on their states than on their outputs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """Value columns of a program, tokens of a chunk, warps, pipeline stages."""
-
-    columns: int
-    chunk: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launches:
-    """Of the output pass, the state pass, and the output pass on Hopper (None: never)."""
-
-    outputs: Launch
-    states: Launch
-    hopper: Launch | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cook:
-    """Warps of the Hopper kernel that prepare chunks, and the registers of each of their threads."""
-
-    warps: int
-    registers: int
-
-
-COOKS: Mapping[bool, Cook] = {False: Cook(warps=4, registers=120), True: Cook(warps=8, registers=104)}
-"""Without and with SiLU; measured on an H200."""
-
-
-def _launch(columns: int, chunk: int, warps: int, stages: int) -> Launch:
-    return Launch(columns=columns, chunk=chunk, warps=warps, stages=stages)
-
-
-_HOPPER = _launch(64, 64, 4, 4)
-LAUNCHES: Mapping[tuple[int, bool], Launches] = {
-    (64, True): Launches(outputs=_launch(32, 64, 4, 3), states=_launch(64, 64, 4, 4), hopper=_HOPPER),
-    (128, True): Launches(outputs=_launch(32, 64, 4, 3), states=_launch(128, 64, 8, 4), hopper=_HOPPER),
-    (256, True): Launches(outputs=_launch(32, 64, 4, 2), states=_launch(64, 64, 8, 3)),
-    (64, False): Launches(outputs=_launch(64, 64, 4, 1), states=_launch(32, 32, 4, 1)),
-    (128, False): Launches(outputs=_launch(64, 64, 8, 1), states=_launch(32, 32, 4, 1)),
-    (256, False): Launches(outputs=_launch(32, 32, 8, 1), states=_launch(32, 32, 8, 1)),
-}
-"""By head_dim padded to a power of two (64 at least), and whether operands take two bytes; measured on an H200."""
 
 
 @cache
@@ -187,10 +149,16 @@ class _Call:
         self.lengths = rates if cu_seqlens is None else cu_seqlens
         self.counts = rates if mask is None else mask.reshape(packed.sequences, packed.tokens).cumsum(1, dtype=torch.int32)
         self.padded = max(16, 1 << (packed.size - 1).bit_length())
+        self.aligned = q.element_size() != 2 or self._is_aligned()
         self.flags = {
             "VARLEN": cu_seqlens is not None, "MASKED": mask is not None, "SILU": silu, "PRECISION": PRECISION[q.dtype],
             "D": packed.size, "DP": self.padded,
         }  # fmt: skip
+
+    def _is_aligned(self) -> bool:
+        """Whether two-byte tiles reach shared memory by copies of 16 bytes, which is how triton multiplies them rightly."""
+        sides = zip((self.q, self.k, self.v), self.strides, strict=False)
+        return self.packed.size in ALIGNED and not any(x.data_ptr() % 16 or pair[0] % 16 or pair[1] % 16 for x, pair in sides)
 
     def _grid(self, launch: Launch, segments: int) -> tuple[int, int, int]:
         columns = -(-self.packed.size // min(launch.columns, self.padded))
@@ -279,7 +247,7 @@ def lightning_prefill(
     updated in place, and returned as the pool; slot -1 is a padding sequence: outputs 0, no state touched. Two sequences with
     one slot are the caller's error. mask: bool [B, T], False where a token is padding: output 0, nothing added or decayed.
     silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` and `cut`
-    override the measured ones.
+    override the measured ones. Two-byte rows that `ALIGNED` or 16 elements rule out are copied to float32 first.
 
     Nothing here waits for the GPU: how a batch is cut into segments is decided by the mean length of its sequences. Raises
     UsageError for shapes and dtypes that do not fit.
@@ -294,8 +262,12 @@ def lightning_prefill(
     if packed.sequences == 0 or packed.heads == 0:
         return out, final
     launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
-    cut = cut or cut_of(packed, launches, q.device)
+    given, cut = cut, cut or cut_of(packed, launches, q.device)
     call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, silu, cut)
+    if not call.aligned:
+        q, k, v = ((F.silu(x) if silu else x).float() for x in (q, k, v))
+        result, final = lightning_prefill(q, k, v, rates, state, cu_seqlens, slots=slots, mask=mask, cut=given)
+        return out.copy_(result), final
     local_states = call.run_states(launches.states) if cut.programs > 1 else None
     call.run_outputs(launches, local_states, state, final, slots)
     return out, final

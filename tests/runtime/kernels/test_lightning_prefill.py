@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mxconv.errors import UsageError
-from mxconv.runtime.kernels.lightning_prefill import LAUNCHES, Cut, Launch, Launches, lightning_prefill
+from mxconv.runtime.kernels.lightning_launches import LAUNCHES, Launch, Launches
+from mxconv.runtime.kernels.lightning_prefill import Cut, lightning_prefill
 from tests.interpreted import interpreted, under_interpreter
-from tests.runtime.kernels.lightning_reference import BARS, Case, draw, error, expected
+from tests.runtime.kernels.lightning_reference import BARS, SPLIT_STATE, Case, draw, error, expected
 
 test_in_the_interpreter = under_interpreter(__file__)
 
@@ -28,7 +29,7 @@ def cut_in(programs: int | None) -> Cut | None:
     return None if programs is None else Cut(programs, 1 if programs == 1 else 2)
 
 
-def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: object) -> None:
+def agrees(case: Case, *, started: bool = True, packed: bool = True, state_bar: float = 1.0, **options: object) -> None:
     """Outputs into a poisoned buffer, and states, within the dtype's bars; the given state is not changed."""
     out = torch.full(case.q.shape, torch.nan, dtype=case.q.dtype, device=case.q.device)
     before = case.state.clone()
@@ -36,7 +37,7 @@ def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: 
         case.q, case.k, case.v, case.rates, case.state if started else None, case.cu_seqlens if packed else None, out=out, **options
     )
     want, want_states = expected(case, started=started)
-    bars = BARS[case.q.dtype]
+    bars = BARS[case.q.dtype][0], min(BARS[case.q.dtype][1], state_bar)
     errors = error(out, want), error(states, want_states)
     assert errors[0] <= bars[0] and errors[1] <= bars[1], f"{errors} beyond {bars}"
     assert torch.equal(case.state, before)
@@ -44,10 +45,26 @@ def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: 
 
 @interpreted
 @pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 24)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 64), (torch.float16, 24)])
 def test_small(segments: int, dtype: torch.dtype, size: int) -> None:
     case = draw([0, 1, 37, 16], 2, size, dtype, "cpu", seed=segments)
     agrees(case, launches=both(SMALL), cut=cut_in(segments))
+
+
+@interpreted
+@pytest.mark.parametrize("silu", [False, True])
+def test_small_rows_off_alignment_are_taken_as_float32(silu: bool) -> None:
+    case = draw([40], 2, 64, torch.float16, "cpu")
+    odd = torch.full((40, 2, 3 * 64 + 1), torch.nan, dtype=torch.float16)
+    raw = []
+    for at, x in enumerate((case.q, case.k, case.v)):
+        raw.append(odd[..., at * 64 + 1 : at * 64 + 65].copy_(x))
+    out, states = lightning_prefill(*raw, case.rates, case.state[:1], silu=silu, out=torch.full_like(case.q, torch.nan))
+    if silu:
+        case.q, case.k, case.v = (F.silu(x) for x in (case.q, case.k, case.v))
+    want, want_states = expected(case, started=True)
+    assert error(out, want) <= 1e-3
+    assert error(states, want_states) <= 2e-6  # float32 all the way
 
 
 @interpreted
@@ -84,7 +101,8 @@ TRITON_ALONE = {size: dataclasses.replace(LAUNCHES[size, True], hopper=None) for
 def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> None:
     for lengths in ([64], [65], [640], [0, 1, 700, 64, 0, 2000, 130]):
         case = draw(lengths, 8, size, dtype, "cuda", seed=len(lengths))
-        agrees(case, cut=cut_in(segments))
+        hopper = torch.cuda.get_device_capability() >= (9, 0)
+        agrees(case, cut=cut_in(segments), state_bar=SPLIT_STATE if hopper else 1.0)
         agrees(case, cut=cut_in(segments), launches=TRITON_ALONE[size])
 
 
@@ -159,7 +177,7 @@ def test_slots_of_a_pool(segments: int | None) -> None:
     assert states is pool
     assert (out[500:800] == 0).all()
     assert error(out[:500], want[:500]) <= 2e-3 and error(out[800:], want[800:]) <= 2e-3
-    assert error(pool[[4, 0]], want_states[[0, 2]]) <= 1e-3
+    assert error(pool[[4, 0]], want_states[[0, 2]]) <= BARS[torch.bfloat16][1]
     assert pool[[1, 2, 3, 5]].isnan().all()
 
 
@@ -212,7 +230,8 @@ def test_a_million_tokens(heads: int, segments: int | None) -> None:
     out, states = lightning_prefill(case.q, case.k, case.v, case.rates, cut=cut_in(segments))
     want, want_states = expected(case, started=False)
     assert out.isfinite().all()
-    assert error(out[-10_000:], want[-10_000:]) <= 2e-3
+    # Their own rounding is 1.7e-3; the state drifts by up to 1e-3, as the matrix unit truncates its sums and nothing decays.
+    assert error(out[-10_000:], want[-10_000:]) <= 2.2e-3
     assert error(states, want_states) <= 1e-3
 
 
