@@ -24,12 +24,15 @@ CHOICES = ("torch", "triton")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Where an operation has a kernel: dtypes by torch's name, and what its shape must fulfil."""
+    """Where an operation has a kernel: dtypes by torch's name, what its shape must fulfil, the least compute capability."""
 
     dtypes: frozenset[str]
     fits: Callable[[Mapping[str, int]], bool] = lambda shape: True
+    capability: tuple[int, int] = (8, 0)
 
 
+_E4M3 = (8, 9)
+"""The first GPUs that convert to e4m3."""
 _HALF = frozenset({"bfloat16", "float16"})
 RULES: Mapping[str, Rule] = {
     # The head_dims whose kernels have been run on a GPU.
@@ -37,9 +40,11 @@ RULES: Mapping[str, Rule] = {
     "lightning_decode": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
     "lightning_norm": Rule(dtypes=_HALF),
     "residual_norm": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] <= 16384),
-    "moe": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 128 == 0 and shape["inner"] % 128 == 0),
-    "moe_dense": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 16 == 0 and shape["inner"] % 16 == 0),
-    "quantize": Rule(dtypes=_HALF | {"float32"}),
+    "moe": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 128 == 0 and shape["inner"] % 128 == 0, capability=_E4M3),
+    "moe_dense": Rule(
+        dtypes=_HALF, fits=lambda shape: shape["hidden"] % 16 == 0 and shape["inner"] % 16 == 0, capability=(9, 0)
+    ),
+    "quantize": Rule(dtypes=_HALF | {"float32"}, capability=_E4M3),
 }
 
 
@@ -53,6 +58,13 @@ def open_device(name: str | torch.device) -> torch.device:
         expected = f"cpu, or one of {there} CUDA devices" if there else "cpu"
         raise UsageError("this machine does not have the device", expected=expected, got=device, hint="see --device")
     return device
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    import torch
+
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -74,6 +86,7 @@ def triton_wanted(operation: str, device: torch.device, dtype: torch.dtype, **sh
         return False
     rule, name = RULES[operation], str(dtype).removeprefix("torch.")
     able = device.type == "cuda" and _importable() and name in rule.dtypes and rule.fits(shape)
+    able = able and _capability(device) >= rule.capability
     if choice == "triton" and not able:
         raise UsageError(
             f"{VARIABLE}=triton, and {operation} has no kernel for this", expected=f"cuda, {' or '.join(sorted(rule.dtypes))}",

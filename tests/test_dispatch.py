@@ -12,6 +12,7 @@ import torch
 from mxconv import dispatch
 from mxconv.dispatch import RULES, open_device, triton_wanted
 from mxconv.errors import UsageError
+from mxconv.execute import quantize
 from mxconv.runtime import load
 from tests.synthetic import make_checkpoint, random_ids
 
@@ -23,6 +24,7 @@ FITS = {"head_dim": 128, "hidden": 6144, "inner": 1152}
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MXCONV_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "_importable", lambda: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
 
 
 @pytest.mark.parametrize("operation", RULES)
@@ -39,6 +41,13 @@ def test_shapes_that_do_not_fit() -> None:
     assert not triton_wanted("moe", CUDA, torch.bfloat16, hidden=6144, inner=1100)
     assert triton_wanted("moe_dense", CUDA, torch.bfloat16, hidden=64, inner=48)
     assert not triton_wanted("moe", CUDA, torch.float32, **FITS), "float32 is the judge's: it computes by the definition"
+
+
+def test_older_gpus_have_no_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 6))
+    assert triton_wanted("lightning_prefill", CUDA, torch.bfloat16, **FITS)
+    assert not triton_wanted("moe", CUDA, torch.bfloat16, **FITS)
+    assert not triton_wanted("quantize", CUDA, torch.bfloat16, **FITS)
 
 
 def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +81,12 @@ def test_a_device_that_is_not_there(tmp_path: Path, name: str) -> None:
 def test_the_runtime_imports_no_triton() -> None:
     code = "import sys, mxconv.runtime, mxconv.runtime.decoder; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_quantize_on_a_cpu_asks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint(tmp_path / "source", hidden=128, intermediate=128)
+    monkeypatch.setenv("MXCONV_KERNELS", "triton")
+    with pytest.raises(UsageError, match="no kernel"):
+        quantize(source, tmp_path / "out")
+    monkeypatch.setenv("MXCONV_KERNELS", "torch")
+    assert quantize(source, tmp_path / "out").root.exists()

@@ -147,6 +147,8 @@ class Places:
 
     def __init__(self, device: str) -> None:
         self.device = open_device(device)
+        if not self.on_device:
+            triton_wanted("quantize", self.device, torch.bfloat16)  # refuses MXCONV_KERNELS=triton: the CPU has no kernels
         self._own = threading.local()
         self._lanes: list[Lane] = []
 

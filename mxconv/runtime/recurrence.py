@@ -28,18 +28,22 @@ def recur(
 def by_kernel(
     qkv: Tensor, head_dim: int, decay: LightningDecay, states: Tensor | None, slots: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """`recur` through the kernels, which read the fused projection in place and apply its SiLU as they load."""
-    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
+    """`recur` through the kernels, which read the projection in place. A step's applies SiLU as it loads.
+
+    A prompt's can too, but was several times slower with it when last measured, and is given rows behind torch's SiLU.
+    """
     if states is not None and slots is None:
         slots = torch.arange(len(qkv), device=qkv.device)
-    if states is not None and slots is not None and qkv.shape[1] == 1:
+    step = states is not None and qkv.shape[1] == 1
+    q, k, v = (qkv if step else F.silu(qkv)).unflatten(-1, (3, -1, head_dim)).unbind(2)
+    if step and states is not None and slots is not None:
         from mxconv.runtime.kernels.lightning_decode import lightning_decode
 
         rows = slots if mask is None else torch.where(mask[:, 0], slots, -1)
         return lightning_decode(q, k, v, decay.rates, states, rows, silu=True).flatten(2)
     from mxconv.runtime.kernels.lightning_prefill import lightning_prefill
 
-    return lightning_prefill(q, k, v, decay.rates, states, slots=slots, mask=mask, silu=True)[0].flatten(2)
+    return lightning_prefill(q, k, v, decay.rates, states, slots=slots, mask=mask)[0].flatten(2)
 
 
 def by_torch(

@@ -47,8 +47,8 @@ def _processors(device: torch.device) -> int:
 
 @cache
 def _copies_tiles(device: torch.device) -> bool:
-    """Whether `device` has the tensor copy engine (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether `device` is a Hopper GPU: its warpgroup products are its alone, to compile them for another ends the process."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache
@@ -268,6 +268,25 @@ def lightning_prefill(
         q, k, v = ((F.silu(x) if silu else x).float() for x in (q, k, v))
         result, final = lightning_prefill(q, k, v, rates, state, cu_seqlens, slots=slots, mask=mask, cut=given)
         return out.copy_(result), final
+    if state is not None and slots is not None and cut.programs > 1:
+        return out, _beside_the_pool(call, launches, state, slots)
     local_states = call.run_states(launches.states) if cut.programs > 1 else None
     call.run_outputs(launches, local_states, state, final, slots)
     return out, final
+
+
+def _beside_the_pool(call: _Call, launches: Launches, pool: Tensor, slots: Tensor) -> Tensor:
+    """The pool behind a call in segments, whose programs all read a sequence's state while one writes it: out of place.
+
+    Without waiting for the GPU to say which slots are -1: those write what another sequence writes.
+    """
+    there = slots >= 0
+    rows = slots.clamp(min=0).long()
+    before = pool.index_select(0, rows)
+    after = torch.empty_like(before)
+    own = torch.where(there, torch.arange(len(slots), device=slots.device), -1)
+    call.run_outputs(launches, call.run_states(launches.states), before, after, own)
+    some = there.int().argmax(0, keepdim=True)
+    repeated = torch.where(there[some, None, None, None], after[some], before[some])
+    pool.index_copy_(0, torch.where(there, rows, rows[some]), torch.where(there[:, None, None, None], after, repeated))
+    return pool
