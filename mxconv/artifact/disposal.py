@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from mxconv.artifact.journal import read_remains
@@ -19,6 +20,9 @@ from mxconv.artifact.system import sync_directory, writing
 from mxconv.artifact.tree import ancestors, file_digest, strays
 from mxconv.errors import MxconvError
 from mxconv.progress import Progress
+
+MADE_FIRST = frozenset(("statistics.json", "calibration.npy"))
+"""What a run writes before its journal speaks of small files: told by name."""
 
 
 def dispose(old: Path, root: Path, progress: Progress) -> None:
@@ -50,6 +54,8 @@ def _own_files(folder: Path) -> list[str] | None:
         own = {MANIFEST_NAME, *own_paths(manifest.files, manifest.plan_digest)}
     elif (remains := read_remains(folder)) is not None:
         own = {JOURNAL_NAME, RUN_LOG_NAME} if remains.plan is None else own_paths(remains.files, remains.plan)
+        if not all(_as_put(folder, path, remains.small) for path in remains.files - MADE_FIRST):
+            return None
     if strays(folder, own):
         return None
     return sorted((path for path in own if os.path.lexists(folder / path)), key=lambda path: path in (MANIFEST_NAME, JOURNAL_NAME))
@@ -65,6 +71,14 @@ def _as_written(folder: Path, fact: FileFact) -> bool:
     if not stat.S_ISREG(info.st_mode):
         return False
     return bool(fact.tensors) or (info.st_size == fact.size_bytes and file_digest(path).hex() == fact.sha256)
+
+
+def _as_put(folder: Path, path: str, small: Mapping[str, frozenset[str]]) -> bool:
+    """Whether a planned file of an unfinished run, if it is there, is a shard or holds what the run gave it."""
+    place = folder / path
+    if path.endswith(".safetensors") or not os.path.lexists(place):
+        return True
+    return not place.is_symlink() and place.is_file() and file_digest(place).hex() in small.get(path, ())
 
 
 def _remove(folder: Path, files: list[str]) -> bool:

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class Remains:
 
     plan: str | None
     files: frozenset[str]
+    small: Mapping[str, frozenset[str]]
+    """SHA-256 (hex) of what the run put, or was about to put, at the path of a small file."""
     whole: bool
     """No line is torn or damaged."""
 
@@ -95,10 +97,20 @@ def read_remains(folder: Path) -> Remains | None:
     plan = first.get("plan") if first.get("kind") == "plan" and first.get("format") == FORMAT else None
     if not isinstance(plan, str):
         torn = not records and not path.is_symlink() and data[: len(_BEGINNING)] == _BEGINNING[: len(data)]
-        return Remains(plan=None, files=frozenset(), whole=not data) if torn else None
+        return Remains(plan=None, files=frozenset(), small={}, whole=not data) if torn else None
     named = [record.get("paths") for record in records if record.get("kind") == "files"]
     files = frozenset(path for paths in named if isinstance(paths, list) for path in paths if path_problem(path) is None)
-    return Remains(plan=plan, files=files, whole=good == len(data))
+    return Remains(plan=plan, files=files, small=small_digests(records), whole=good == len(data))
+
+
+def small_digests(records: Iterable[Record]) -> dict[str, frozenset[str]]:
+    """Path of each small file on record → the SHA-256 (hex) of all that a run gave it."""
+    found: dict[str, frozenset[str]] = {}
+    for record in records:
+        if record.get("kind") == "small":
+            path = str(record.get("path"))
+            found[path] = found.get(path, frozenset()) | {str(record.get("sha256"))}
+    return found
 
 
 def held(folder: Path) -> bool:

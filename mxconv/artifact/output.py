@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +46,10 @@ _TAKEN: Mapping[State, tuple[str, str]] = {
 def state_of(folder: Path) -> State:
     """What lies in an output folder, by what it says of itself; a folder that is absent is empty."""
     try:
-        names = set(os.listdir(folder)) - {RUN_LOG_NAME}
+        names = set(os.listdir(folder))
+        log = folder / RUN_LOG_NAME
+        if RUN_LOG_NAME in names and stat.S_ISREG(os.lstat(log).st_mode):
+            names.remove(RUN_LOG_NAME)
     except FileNotFoundError:
         return "empty"
     except NotADirectoryError:

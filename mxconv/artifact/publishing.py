@@ -49,6 +49,7 @@ def publish(
             data = content if isinstance(content, bytes) else content.read()
             if path in facts or path not in writer.others or path in (MANIFEST_NAME, RUN_LOG_NAME) or path_problem(path):
                 raise MxconvError("a file of the artifact has an impossible path", where=path)
+            writer.claim(path, data)
             put(work, path, data, plan, step)
             facts[path] = FileFact(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors={})
     writer.refuse_strays()  # something may have come while the run was at work
@@ -95,7 +96,7 @@ def append_run_log(root: Path, record: Mapping[str, Any]) -> None:
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), **record}
     path = root / RUN_LOG_NAME
     with writing(path):
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
             os.write(fd, json.dumps(line).encode() + b"\n")  # escaped: a path may hold bytes that are no UTF-8
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def strays(root: Path, listed: Collection[str]) -> list[str]:
     wanted, held = ancestors(listed), ancestors(files)
     bare = {folder for folder in folders if folder not in wanted and folder not in held}
     found = {path for path in files if path not in listed}
+    if RUN_LOG_NAME in files and not stat.S_ISREG(os.lstat(root / RUN_LOG_NAME).st_mode):
+        found.add(RUN_LOG_NAME)  # a log that is a link or a pipe is none of a run's
     return sorted(found | {f"{folder}/" for folder in bare if folder.rpartition("/")[0] not in bare})
 
 

@@ -8,6 +8,7 @@ committed units are hashed one by one, and whatever does not match its journal l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -154,6 +155,11 @@ class ArtifactWriter:
         """The artifact is published: the journal goes."""
         self._journal.remove()
         reach("journal-removed")
+
+    def claim(self, path: str, data: bytes) -> None:
+        """Put on record what the small file `path` will hold, so that an overwriting run knows it for mxconv's own."""
+        self._journal.append({"kind": "small", "path": path, "sha256": hashlib.sha256(data).hexdigest()})
+        self._journal.sync()
 
     def refuse_strays(self) -> None:
         """Raise OutputConflict for whatever lies in the folder and is of no run of this plan: `check` would refuse it later."""
