@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,12 @@ def test_a_journal_that_speaks_of_no_small_file_knows_none(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("target", path), os.mkdir])
-def test_a_run_log_that_is_no_plain_file_is_in_the_way_before_anything_is_written(make: object, tmp_path: Path) -> None:
+def test_a_run_log_that_is_no_plain_file_is_in_the_way_before_anything_is_written(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
     root = tmp_path / "out"
     root.mkdir()
-    make(root / "run.log")  # type: ignore[operator]
+    make(root / "run.log")
     with pytest.raises(MxconvError) as refused:
         sample.run(root)
     assert refused.value.exit_code == 5 and os.listdir(root) == ["run.log"]

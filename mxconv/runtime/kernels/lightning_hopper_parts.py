@@ -59,7 +59,7 @@ def expm1_of_nonpositive(x):
 @gluon.jit
 def bounds_of(sequence, segment, segments, lengths, tokens, VARLEN: gl.constexpr):
     """As `lightning_chunks.bounds_of`."""
-    GRAIN: gl.constexpr = 128
+    GRAIN: gl.constexpr = 128  # that of `lightning_chunks`, whose states this pass reads
     if VARLEN:
         row = gl.load(lengths + sequence).to(gl.int64)
         length = (gl.load(lengths + sequence + 1) - row).to(gl.int32)
