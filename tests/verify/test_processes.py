@@ -208,7 +208,7 @@ def test_a_launcher_that_is_killed_leaves_nobody(command: Command) -> None:
     command.at_work(running)
     running.kill()
     running.wait()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(map(start_of, command.known())):
         time.sleep(0.1)
     assert not any(map(start_of, command.known()))
