@@ -1,12 +1,15 @@
 """One MiniMax-M1-size layer of each kind on a GPU: prefill of 32k tokens and decode of 64 slots, unquantized and in each scheme.
 
-    python benchmarks/one_layer.py [--tp 1 8] [--schemes none w4afp8 …] [--tokens 32768] [--slots 64] [--context 4096] [--json FILE]
+    python benchmarks/one_layer.py [--tp 1 8] [--schemes none w4afp8 …] [--tokens 32768] [--slots 64] [--context 4096]
+        [--profile] [--json FILE]
 
 Hidden 6144, 64 heads, 32 experts, random weights made on the GPU and encoded by the quantizer; `--tp 8` computes one of 8 ranks,
 without communication. Milliseconds of the layer alone (no embedding, no head), and its fraction of the ceiling: the time that the
 least bytes (decode) or operations (prefill) take at the copy and matrix-product speeds measured first, over the time taken. Errors
 are relative L2 of 512 tokens against the same layer in float32 with unquantized weights: of the layer's output (its residual is
 3.6 × the normalised input) and of its experts' part alone. Static activation scales are calibrated on those tokens at tp 1.
+
+`--profile` prints behind each row where the GPU's time goes, kernel by kernel.
 
 A process for each scheme builds and compiles; they do that side by side and are timed one after the other.
 """
@@ -18,7 +21,7 @@ import gc
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ from mxconv.runtime.slots import Prompt, Slots, Step
 KINDS = {0: "lightning", 1: "softmax"}
 JUDGED_TOKENS = 512
 STEPS = 10
+SHOWN_KERNELS = 24
 
 
 def hidden(config: Any, tokens: int, device: torch.device) -> Tensor:
@@ -158,6 +162,11 @@ class Bench:
             run()
         return graph.replay
 
+    def profiles(self) -> dict[str, Any]:
+        """Where the time of each kind of layer goes."""
+        runs = {"prefill": self.prefill, "decode": self.decode}
+        return {f"{kind} {what}": profiled(make(index)) for index, kind in KINDS.items() for what, make in runs.items()}
+
     def measured(self, ceilings: Ceilings) -> dict[str, Any]:
         """Milliseconds and fractions of each kind of layer."""
         found: dict[str, Any] = {}
@@ -175,6 +184,20 @@ class Bench:
         return found
 
 
+def profiled(run: Callable[[], object]) -> dict[str, Any]:
+    """GPU milliseconds of one `run`: {"kernels": their sum, "by name": {name: (milliseconds, launches)}}, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    found = [(event.key, event.self_device_time_total / 1e3, event.count) for event in seen.key_averages()]
+    found = sorted((each for each in found if each[1] > 0), key=lambda each: -each[1])
+    return {"kernels": sum(each[1] for each in found), "by name": {name: (ms, count) for name, ms, count in found}}
+
+
 def child(pipe: Connection, options: argparse.Namespace, scheme: str) -> None:
     """For each order (tp, absmax, expected, ceilings): build and run everything once, say so, wait for the turn, measure."""
     while (order := pipe.recv()) is not None:
@@ -188,7 +211,8 @@ def child(pipe: Connection, options: argparse.Namespace, scheme: str) -> None:
             tidy()
             pipe.send("ready")
             pipe.recv()
-            pipe.send({**bench.load, "errors": errors, **bench.measured(ceilings)})
+            found = {**bench.load, "errors": errors, **bench.measured(ceilings)}
+            pipe.send({**found, "profiles": bench.profiles() if options.profile else {}})
         except Exception as failure:  # the other processes go on; the table says what failed
             pipe.send(RuntimeError(f"{type(failure).__name__}: {failure}"))
         bench = None
@@ -211,6 +235,10 @@ def show(tp: int, scheme: str, row: dict[str, Any]) -> None:
         f"| {tp} | {scheme:15} | {' | '.join(cells)} | {errors['lightning layer']:.1e} / {errors['softmax layer']:.1e} "
         f"| {errors['lightning experts']:.1e} |", flush=True,
     )  # fmt: skip
+    for what, found in row["profiles"].items():
+        print(f"    {what}: {found['kernels']:.3f} ms in kernels")
+        for name, (ms, count) in list(found["by name"].items())[:SHOWN_KERNELS]:
+            print(f"        {ms:8.4f} ms  × {count:3}  {name:.110}", flush=True)
 
 
 def heard(pipe: Connection) -> Any:
@@ -266,6 +294,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=JUDGED_TOKENS)
     parser.add_argument("--together", type=int, help="processes at a time, each with a model (default: 6, or 2 below 120 GB)")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
