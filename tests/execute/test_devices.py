@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxconv import dispatch
 from mxconv.dispatch import triton_wanted
 from mxconv.errors import MxconvError, NumericError, ResourceError, UsageError
 from mxconv.execute import RunOptions, RunResult, quantize
@@ -101,6 +102,41 @@ def test_lanes_give_the_same_artifact(tmp_path: Path, gpu_played_by_cpu: list[An
     assert len(gpu_played_by_cpu) == 2 * 4 * 2 and all(lane.rooms for lane in gpu_played_by_cpu)
 
 
+def asked_on_device(monkeypatch: pytest.MonkeyPatch, kernels: str) -> list[bool]:
+    """MXCONV_KERNELS is `kernels` for what the quantizer asks about a GPU, and unset for the CPU's side. Lists the GPU's answers."""
+    taken: list[bool] = []
+
+    def wanted(operation: str, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
+        if device.type == "cpu":
+            return triton_wanted(operation, device, dtype, **shape)
+        with monkeypatch.context() as patch:
+            patch.setenv("MXCONV_KERNELS", kernels)
+            taken.append(triton_wanted(operation, device, dtype, **shape))
+        return taken[-1]
+
+    monkeypatch.setattr(places_module, "triton_wanted", wanted)
+    return taken
+
+
+@pytest.mark.parametrize("kernels", ["", "torch", "triton"])
+def test_each_side_is_asked_with_its_own_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_played_by_cpu: list[Any], kernels: str
+) -> None:
+    """What the test on a GPU stands on: the CPU's side of a comparison runs whatever the GPU's is told."""
+    monkeypatch.setattr(dispatch, "_importable", lambda: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    taken, place = asked_on_device(monkeypatch, kernels), Places.place
+
+    def asking(self: Places, scheme: Any, projection: str, shape: Sequence[int], dtype: torch.dtype) -> Place:
+        if self.on_device:
+            places_module.triton_wanted("quantize", self.device, dtype)
+        return place(self, scheme, projection, shape, dtype)
+
+    monkeypatch.setattr(Places, "place", asking)
+    compare(tmp_path, "w4afp8_static", "cuda", tp=1)
+    assert len(gpu_played_by_cpu) == len(taken) and set(taken) == {kernels != "torch"}
+
+
 def test_lanes_take_stacked_and_wide_sources(tmp_path: Path, gpu_played_by_cpu: list[Any]) -> None:
     compare(tmp_path / "stacked", "w4afp8", "cuda", dialect="minimax", stacked=True, router_dtype=torch.bfloat16)
     compare(tmp_path / "double", "tensor_wise_fp8", "cuda", dtype=torch.float64)
@@ -165,13 +201,9 @@ def test_what_a_lane_holds_is_known_from_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kernels", ["", "torch", "triton"])
 def test_a_gpu_gives_the_same_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, kernels: str) -> None:
-    def wanted(operation: str, *arguments: Any, **shape: int) -> bool:
-        with monkeypatch.context() as patch:  # for the quantizer alone: calibration runs on the CPU
-            patch.setenv("MXCONV_KERNELS", kernels)
-            return triton_wanted(operation, *arguments, **shape)
-
-    monkeypatch.setattr(places_module, "triton_wanted", wanted)
+    taken = asked_on_device(monkeypatch, kernels)
     compare(tmp_path, scheme, "cuda", tp=4 if scheme == "w4afp8" else 1)
+    assert set(taken) == {kernels != "torch"}
 
 
 @pytest.mark.gpu
