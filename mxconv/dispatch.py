@@ -38,6 +38,7 @@ RULES: Mapping[str, Rule] = {
     # The head_dims whose kernels have been run on a GPU.
     "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] in (16, 32, 64, 96, 128, 256)),
     "lightning_decode": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
+    "silu": Rule(dtypes=_HALF),
     "lightning_norm": Rule(dtypes=_HALF),
     "residual_norm": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] <= 16384),
     "moe": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 128 == 0 and shape["inner"] % 128 == 0, capability=_E4M3),

@@ -28,14 +28,13 @@ def recur(
 def by_kernel(
     qkv: Tensor, head_dim: int, decay: LightningDecay, states: Tensor | None, slots: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """`recur` through the kernels, which read the projection in place. A step's applies SiLU as it loads.
-
-    A prompt's can too, but was several times slower with it when last measured, and is given rows behind torch's SiLU.
+    """`recur` through the kernels, which read the projection in place. A step's applies SiLU as it loads, a prompt's takes rows
+    behind it: there SiLU would be computed by what its products wait for.
     """
     if states is not None and slots is None:
         slots = torch.arange(len(qkv), device=qkv.device)
     step = states is not None and qkv.shape[1] == 1
-    q, k, v = (qkv if step else F.silu(qkv)).unflatten(-1, (3, -1, head_dim)).unbind(2)
+    q, k, v = (qkv if step else silu(qkv)).unflatten(-1, (3, -1, head_dim)).unbind(2)
     if step and states is not None and slots is not None:
         from mxconv.runtime.kernels.lightning_decode import lightning_decode
 
@@ -44,6 +43,15 @@ def by_kernel(
     from mxconv.runtime.kernels.lightning_prefill import lightning_prefill
 
     return lightning_prefill(q, k, v, decay.rates, states, slots=slots, mask=mask)[0].flatten(2)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x), in the dtype of `x`."""
+    if triton_wanted("silu", x.device, x.dtype):
+        from mxconv.runtime.kernels.silu import silu_rows
+
+        return silu_rows(x)
+    return F.silu(x)
 
 
 def by_torch(

@@ -103,7 +103,7 @@ def test_lanes_give_the_same_artifact(tmp_path: Path, gpu_played_by_cpu: list[An
 
 
 def asked_on_device(monkeypatch: pytest.MonkeyPatch, kernels: str) -> list[bool]:
-    """MXCONV_KERNELS is `kernels` for what the quantizer asks about a GPU, and unset for the CPU's side. Lists the GPU's answers."""
+    """MXCONV_KERNELS is `kernels` where the quantizer asks about a GPU, and unset for the CPU's side. Lists the GPU's answers."""
     taken: list[bool] = []
 
     def wanted(operation: str, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
