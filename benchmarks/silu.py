@@ -1,8 +1,8 @@
 """SiLU before lightning attention, on a GPU: `python -m benchmarks.silu`, a few seconds.
 
-x is the q, k and v of a prompt of 32,768 tokens in the fused projection of a rank of MiniMax-M1 (bf16), as the layer gives it. Beside
-the kernel: torch's own on the same slice and on contiguous rows, and the time of a device copy of as many bytes, measured in the
-same run. `--sweep` times other tiles as well.
+x is the q, k and v of a prompt of 32,768 tokens in the fused projection of a rank of MiniMax-M1 (bf16), as the layer gives it (at
+TP 1 an eighth of the tokens). Beside the kernel: torch's own on the same slice and on contiguous rows, and a device copy of as many
+bytes, measured in the same run. `--sweep` times other tiles as well.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_rows_beyond_what_32_bits_count() -> None:
     x = torch.zeros(count, stride, dtype=torch.bfloat16, device="cuda")[:, :200]
     x[-ROWS - 1 :] = rows(200, ROWS + 1, 0, 0, torch.bfloat16, "cuda")[0]
     got = silu_rows(x)
-    assert torch.equal(got[:-ROWS - 1], torch.zeros_like(got[:-ROWS - 1]))
+    assert not got[: -ROWS - 1].any()
     assert int((ordered(got) - ordered(F.silu(x))).abs().max()) <= 1
 
 
