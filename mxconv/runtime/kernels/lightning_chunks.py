@@ -39,26 +39,17 @@ def expm1_of_nonpositive(x):
 
 
 @triton.jit
-def silu_of(x):
-    """x·sigmoid(x), computed in float32 and rounded to the dtype of x."""
-    wide = x.to(tl.float32)
-    return (wide / (1 + tl.exp(-wide))).to(x.dtype)
-
-
-@triton.jit
-def load_tile(base, stride, rows, columns, real, D: tl.constexpr, DP: tl.constexpr, SILU: tl.constexpr):
+def load_tile(base, stride, rows, columns, real, D: tl.constexpr, DP: tl.constexpr):
     """[rows, columns] of base + row·stride + column as float32; zero where `real` [rows] is false or a column is beyond D."""
     keep = real[:, None] if D == DP else real[:, None] & (columns < D)[None, :]
-    x = tl.load(base + rows[:, None] * stride + columns[None, :], mask=keep, other=0.0)
-    return (silu_of(x) if SILU else x).to(tl.float32)
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_whole_tile(base, stride, rows, columns, D: tl.constexpr, DP: tl.constexpr, SILU: tl.constexpr):
-    """`load_tile` of rows that are all there; in their own dtype unless SiLU takes them through registers."""
+def load_whole_tile(base, stride, rows, columns, D: tl.constexpr, DP: tl.constexpr):
+    """`load_tile` of rows that are all there, in their own dtype."""
     pointers = base + rows[:, None] * stride + columns[None, :]
-    x = tl.load(pointers) if D == DP else tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
-    return silu_of(x).to(tl.float32) if SILU else x
+    return tl.load(pointers) if D == DP else tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -129,7 +120,7 @@ def lightning_states(
     k, v, rates, lengths, counts, local_states, reach,
     stride_kt, stride_kh, stride_vt, stride_vh, tokens, heads, segments,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
-    VARLEN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Local states of the first segments, as many as the grid has: (column blocks · those, heads, sequences).
 
@@ -153,14 +144,14 @@ def lightning_states(
         far = tl.cast(start, tl.int64)
         real, c, _ = counted(counts, row, start, stop, 0, C, MASKED)
         gap = behind - c if MASKED else behind - start - c
-        b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP, SILU)
-        b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV, SILU)
+        b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP)
+        b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV)
         decayed = b_v * tl.exp(-s * gap.to(tl.float32))[:, None]
         state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
     for start in tl.range(0, full - begin, C, num_stages=STAGES):
         far = tl.cast(full - C - start, tl.int64)
-        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
-        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
+        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP)
+        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV)
         decayed = b_v * tl.exp(-s * (stop - 1 - full + C + start - i).to(tl.float32))[:, None]
         # Two values of the dtype hold twice its bits: this pass waits for memory, not for the second product.
         rounded = decayed.to(b_v.dtype)
@@ -204,7 +195,7 @@ def lightning_outputs(
     q, k, v, out, rates, lengths, counts, initial, final, slots, local_states, reach,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, tokens, heads, segments,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
-    VARLEN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     STARTED: tl.constexpr, POOLED: tl.constexpr, SEGMENTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Outputs, and the state behind the last token. Grid (column blocks · segments / PARTS, heads, sequences)."""
@@ -240,9 +231,9 @@ def lightning_outputs(
     pair, across = pair_decay(s, i + 1, C), tl.exp(-s * (i + 1).to(tl.float32))
     for start in tl.range(begin, full, C, num_stages=STAGES):
         far = tl.cast(start, tl.int64)
-        b_q = load_whole_tile(q + far * stride_qt, stride_qt, i, d, D, DP, SILU)
-        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP, SILU)
-        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV, SILU)
+        b_q = load_whole_tile(q + far * stride_qt, stride_qt, i, d, D, DP)
+        b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP)
+        b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV)
         o = attended(state, b_q, b_k, b_v, pair, across, PRECISION)
         state = moved(state, b_k, b_v, s, i + 1, tl.full((), C, tl.int32), PRECISION)
         o_pointers = out + far * stride_ot + i[:, None] * stride_ot + n[None, :]
@@ -254,9 +245,9 @@ def lightning_outputs(
     for start in tl.range(full, stop, C, num_stages=1):
         far = tl.cast(start, tl.int64)
         real, c, m = counted(counts, row, start, stop, before, C, MASKED)
-        b_q = load_tile(q + far * stride_qt, stride_qt, i, d, real, D, DP, SILU)
-        b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP, SILU)
-        b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV, SILU)
+        b_q = load_tile(q + far * stride_qt, stride_qt, i, d, real, D, DP)
+        b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP)
+        b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV)
         o = attended(state, b_q, b_k, b_v, pair_decay(s, c, C), tl.exp(-s * c.to(tl.float32)), PRECISION)
         state = moved(state, b_k, b_v, s, c, m, PRECISION)
         before += m

@@ -1,4 +1,4 @@
-"""What the Hopper kernel of lightning prefill is made of: bounds and counts, states before a segment, SiLU, decay of a chunk.
+"""What the Hopper kernel of lightning prefill is made of: bounds and counts, states before a segment, decay of a chunk.
 
 The first of them are `lightning_chunks`' own in gluon, which names the layout of every tensor. This file needs triton alone.
 """
@@ -7,46 +7,6 @@ The first of them are `lightning_chunks`' own in gluon, which names the layout o
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-# x·sigmoid(x) of two packed values with one division. e^-x stays below 2^62, so that the product of both denominators is finite:
-# under -43, where SiLU is under 1e-17, the result is that small but not exact.
-_SILU = """{{
-.reg .f32 x, y, a, b, r;
-{unpack}
-mul.f32 a, x, 0fBFB8AA3B;
-mul.f32 b, y, 0fBFB8AA3B;
-min.f32 a, a, 0f42780000;
-min.f32 b, b, 0f42780000;
-ex2.approx.ftz.f32 a, a;
-ex2.approx.ftz.f32 b, b;
-add.f32 a, a, 0f3F800000;
-add.f32 b, b, 0f3F800000;
-mul.f32 r, a, b;
-rcp.approx.ftz.f32 r, r;
-mul.f32 b, b, r;
-mul.f32 a, a, r;
-mul.f32 x, x, b;
-mul.f32 y, y, a;
-{pack}
-}}"""
-SILU_BF16 = gl.constexpr(
-    _SILU.format(
-        unpack=".reg .b32 lo, hi; shl.b32 lo, $1, 16; and.b32 hi, $1, 0xffff0000; mov.b32 x, lo; mov.b32 y, hi;",
-        pack="cvt.rn.bf16x2.f32 $0, y, x;",
-    )
-)
-SILU_FP16 = gl.constexpr(
-    _SILU.format(
-        unpack=".reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.f32.f16 x, lo; cvt.f32.f16 y, hi;", pack="cvt.rn.f16x2.f32 $0, y, x;"
-    )
-)
-
-
-@gluon.jit
-def silu_of(x):
-    """x·sigmoid(x), computed in float32 and rounded to the dtype of x."""
-    ASM: gl.constexpr = SILU_BF16 if x.dtype == gl.bfloat16 else SILU_FP16
-    return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -123,32 +83,33 @@ def state_before(
 
 
 @gluon.jit
-def decays(s, c_i, c_j, i, j):
-    """e^(-s(c_i-c_j)) [C, C] for j ≤ i, else 0, and e^(-s·c_i) [C]."""
-    causal = i[:, None] >= j[None, :]
-    pair = gl.where(causal, gl.exp(-s * gl.where(causal, c_i[:, None] - c_j[None, :], 0).to(gl.float32)), 0.0)
-    return pair, gl.exp(-s * c_i.to(gl.float32))
+def count_here(counts, row, start, stop, before, all, i, MASKED: gl.constexpr):
+    """c_i of the tokens start + i; `all` for what lies beyond stop."""
+    _, c = counted(counts, row, start, stop, before, i, MASKED)
+    return gl.where(start + i < stop, c, all)
 
 
 @gluon.jit
-def prepare(x_s, real, ROWS: gl.constexpr, SILU: gl.constexpr, MASKED: gl.constexpr):
-    """A tile behind SiLU, its padding zero, in place."""
-    if SILU or MASKED:
-        x = x_s.load(ROWS)
-        if SILU:
-            x = silu_of(x)
-        if MASKED:
-            x = gl.where(real[:, None], x, gl.zeros_like(x))
-        x_s.store(x)
+def pair_decay(s, c_j, c_i, j, i):
+    """e^(-s(c_i-c_j)) [keys j, queries i] for j ≤ i, else 0."""
+    causal = j[:, None] <= i[None, :]
+    return gl.where(causal, gl.exp(-s * gl.where(causal, c_i[None, :] - c_j[:, None], 0).to(gl.float32)), 0.0)
 
 
 @gluon.jit
-def decay_values(v_s, decayed_s, rest_s, key, ROWS: gl.constexpr):
-    """v · e^(-s(m-c)) as two tiles that sum to it with twice the bits of their dtype; `key` [C] = e^(-s(m-c))."""
-    decayed = v_s.load(ROWS).to(gl.float32) * key[:, None]
-    rounded = decayed.to(v_s.dtype)
-    decayed_s.store(rounded)
-    rest_s.store((decayed - rounded.to(gl.float32)).to(v_s.dtype))
+def clear_padding(x_s, real, ROWS: gl.constexpr):
+    """Zeros in the rows of a tile that are not real, in place."""
+    x = x_s.load(ROWS)
+    x_s.store(gl.where(real[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def decayed_values(values, key, LAYOUT: gl.constexpr):
+    """vᵀ · e^(-s(m-c)) as two operands that sum to it with twice the bits of their dtype; `key` [C] = e^(-s(m-c))."""
+    decayed = values.to(gl.float32) * key[None, :]
+    rounded = decayed.to(values.dtype)
+    rest = (decayed - rounded.to(gl.float32)).to(values.dtype)
+    return gl.convert_layout(rounded, LAYOUT), gl.convert_layout(rest, LAYOUT)
 
 
 @gluon.jit

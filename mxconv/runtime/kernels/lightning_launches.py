@@ -25,17 +25,8 @@ class Launches:
     hopper: Launch | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cook:
-    """Warps of the Hopper kernel that prepare chunks, and the registers of each of their threads."""
-
-    warps: int
-    registers: int
-
-
-COOKS: Mapping[bool, Cook] = {False: Cook(warps=4, registers=120), True: Cook(warps=8, registers=104)}
-"""Without and with SiLU, whose special functions want more warps. The first was measured on an H200; for the second, four warps
-were slower there by far with an earlier SiLU, and eight have not been timed."""
+SCORE_REGISTERS = 152
+"""Of each thread of the Hopper kernel's warpgroup that makes scores."""
 
 
 def _launch(columns: int, chunk: int, warps: int, stages: int) -> Launch:

@@ -20,11 +20,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mxconv.errors import UsageError
-from mxconv.runtime.kernels.lightning_launches import COOKS, LAUNCHES, Launch, Launches
+from mxconv.runtime.kernels.lightning_launches import LAUNCHES, SCORE_REGISTERS, Launch, Launches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -142,7 +141,7 @@ class _Call:
 
     def __init__(
         self, packed: Packed, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rates: Tensor, cu_seqlens: Tensor | None,
-        mask: Tensor | None, silu: bool, cut: Cut,
+        mask: Tensor | None, cut: Cut,
     ) -> None:  # fmt: skip
         self.packed, self.q, self.k, self.v, self.out, self.rates, self.cut = packed, q, k, v, out, rates, cut
         self.strides = _row_strides(q, "q"), _row_strides(k, "k"), _row_strides(v, "v"), _row_strides(out, "out")
@@ -151,7 +150,7 @@ class _Call:
         self.padded = max(16, 1 << (packed.size - 1).bit_length())
         self.aligned = q.element_size() != 2 or self._is_aligned()
         self.flags = {
-            "VARLEN": cu_seqlens is not None, "MASKED": mask is not None, "SILU": silu, "PRECISION": PRECISION[q.dtype],
+            "VARLEN": cu_seqlens is not None, "MASKED": mask is not None, "PRECISION": PRECISION[q.dtype],
             "D": packed.size, "DP": self.padded,
         }  # fmt: skip
 
@@ -198,13 +197,12 @@ class _Call:
         if rows is not None and launches.hopper is not None:
             from mxconv.runtime.kernels.lightning_hopper import hopper_outputs
 
-            grid, cook = self._grid(launches.hopper, self.cut.programs), COOKS[bool(self.flags["SILU"])]
-            hopper_outputs[grid](
+            hopper_outputs[self._grid(launches.hopper, self.cut.programs)](
                 *tensors, *rows, self.rates, self.lengths, self.counts, *behind,
                 self.packed.tokens, self.packed.heads, self.cut.segments,
                 D=self.packed.size, BV=launches.hopper.columns, C=launches.hopper.chunk, STAGES=launches.hopper.stages, PARTS=parts,
-                **{name: self.flags[name] for name in ("VARLEN", "MASKED", "SILU")}, **flags,
-                COOK_WARPS=cook.warps, COOK_REGISTERS=cook.registers, num_warps=launches.hopper.warps,
+                **{name: self.flags[name] for name in ("VARLEN", "MASKED")}, **flags,
+                SCORE_REGISTERS=SCORE_REGISTERS, num_warps=launches.hopper.warps,
             )  # fmt: skip
             return
         from mxconv.runtime.kernels.lightning_chunks import lightning_outputs
@@ -235,7 +233,7 @@ class _Call:
 
 def lightning_prefill(
     q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
-    slots: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None, silu: bool = False,
+    slots: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None,
     launches: Launches | None = None, cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, states behind the last tokens) of whole sequences; out has the shape and dtype of q.
@@ -246,8 +244,7 @@ def lightning_prefill(
     tokens, not changed; None means zeros. With `slots` int [S], `state` is instead a pool [slots, N, D, D] whose rows are read,
     updated in place, and returned as the pool; slot -1 is a padding sequence: outputs 0, no state touched. Two sequences with
     one slot are the caller's error. mask: bool [B, T], False where a token is padding: output 0, nothing added or decayed.
-    silu: q, k and v are x·sigmoid(x) of what is given, rounded to their dtype. `launches` and `cut`
-    override the measured ones. Two-byte rows that `ALIGNED` or 16 elements rule out are copied to float32 first.
+    `launches` and `cut` override the measured ones. Two-byte rows that `ALIGNED` or 16 elements rule out are copied to float32.
 
     Nothing here waits for the GPU: how a batch is cut into segments is decided by the mean length of its sequences. Raises
     UsageError for shapes and dtypes that do not fit.
@@ -263,10 +260,10 @@ def lightning_prefill(
         return out, final
     launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
     given, cut = cut, cut or cut_of(packed, launches, q.device)
-    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, silu, cut)
+    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, cut)
     if not call.aligned:
-        q, k, v = ((F.silu(x) if silu else x).float() for x in (q, k, v))
-        result, final = lightning_prefill(q, k, v, rates, state, cu_seqlens, slots=slots, mask=mask, cut=given)
+        wide = q.float(), k.float(), v.float()
+        result, final = lightning_prefill(*wide, rates, state, cu_seqlens, slots=slots, mask=mask, cut=given)
         return out.copy_(result), final
     if state is not None and slots is not None and cut.programs > 1:
         return out, _beside_the_pool(call, launches, state, slots)

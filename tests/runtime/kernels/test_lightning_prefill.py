@@ -52,16 +52,13 @@ def test_small(segments: int, dtype: torch.dtype, size: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("silu", [False, True])
-def test_small_rows_off_alignment_are_taken_as_float32(silu: bool) -> None:
+def test_small_rows_off_alignment_are_taken_as_float32() -> None:
     case = draw([40], 2, 64, torch.float16, "cpu")
     odd = torch.full((40, 2, 3 * 64 + 1), torch.nan, dtype=torch.float16)
     raw = []
     for at, x in enumerate((case.q, case.k, case.v)):
         raw.append(odd[..., at * 64 + 1 : at * 64 + 65].copy_(x))
-    out, states = lightning_prefill(*raw, case.rates, case.state[:1], silu=silu, out=torch.full_like(case.q, torch.nan))
-    if silu:
-        case.q, case.k, case.v = (F.silu(x) for x in (case.q, case.k, case.v))
+    out, states = lightning_prefill(*raw, case.rates, case.state[:1], out=torch.full_like(case.q, torch.nan))
     want, want_states = expected(case, started=True)
     assert error(out, want) <= 1e-3
     assert error(states, want_states) <= 2e-6  # float32 all the way
@@ -229,24 +226,11 @@ def test_what_lies_beyond_reach_is_below_its_bound() -> None:
 
 
 @GPU
-@pytest.mark.parametrize("silu", [False, True])
-def test_extremes_stay_finite_where_float64_does(silu: bool) -> None:
+def test_extremes_stay_finite_where_float64_does() -> None:
     case = draw([700], 4, 128, torch.bfloat16, "cuda")
     case.q[5], case.k[6], case.v[7] = 1e4, -1e4, 1e4
-    out, states = lightning_prefill(case.q, case.k, case.v, case.rates, silu=silu)
+    out, states = lightning_prefill(case.q, case.k, case.v, case.rates)
     assert out.isfinite().all() and states.isfinite().all()
-
-
-@GPU
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("segments", [1, 4])
-def test_silu_on_load(dtype: torch.dtype, segments: int) -> None:
-    case = draw([0, 650, 1, 300], 4, 128, dtype, "cuda")
-    raw = [torch.randn(x.shape, device="cuda").to(dtype) for x in (case.q, case.k, case.v)]
-    out, states = lightning_prefill(*raw, case.rates, case.state, case.cu_seqlens, silu=True, cut=cut_in(segments))
-    case.q, case.k, case.v = (F.silu(x.float()).to(dtype) for x in raw)
-    want, want_states = expected(case, started=True)
-    assert error(out, want) <= BARS[dtype][0] and error(states, want_states) <= BARS[dtype][1]
 
 
 @GPU
