@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,17 @@ def bf16(random: np.random.Generator, *shape: int) -> torch.Tensor:
         part = out[start : start + (1 << 23)]
         part.copy_(torch.from_numpy(random.standard_normal(part.numel(), dtype=np.float32)) * 0.02)
     return out.view(shape)
+
+
+def config(layers: int, experts: int, vocab: int) -> dict[str, Any]:
+    """config.json: MiniMax-M1's, but for these three numbers and lightning layers alone."""
+    return {
+        "model_type": "minimax_m1", "architectures": ["MiniMaxM1ForCausalLM"], "vocab_size": vocab, "hidden_size": H,
+        "intermediate_size": INNER, "num_hidden_layers": layers, "attn_type_list": [0] * layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV, "head_dim": D, "rotary_dim": 64, "rope_theta": 10000000, "num_local_experts": experts,
+        "num_experts_per_tok": 2, "postnorm": True, "layernorm_full_attention_alpha": 3.5565588200778455,
+        "layernorm_linear_attention_alpha": 3.5565588200778455, "layernorm_mlp_alpha": 3.5565588200778455, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -74,14 +86,7 @@ def main() -> None:
                     f"{x}w3.weight": bf16(random, INNER, H),
                 }
             )
-    config = {
-        "model_type": "minimax_m1", "architectures": ["MiniMaxM1ForCausalLM"], "vocab_size": a.vocab, "hidden_size": H,
-        "intermediate_size": INNER, "num_hidden_layers": a.layers, "attn_type_list": [0] * a.layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV, "head_dim": D, "rotary_dim": 64, "rope_theta": 10000000, "num_local_experts": a.experts,
-        "num_experts_per_tok": 2, "postnorm": True, "layernorm_full_attention_alpha": 3.5565588200778455,
-        "layernorm_linear_attention_alpha": 3.5565588200778455, "layernorm_mlp_alpha": 3.5565588200778455, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    (a.folder / "config.json").write_text(json.dumps(config, indent=2))
+    (a.folder / "config.json").write_text(json.dumps(config(a.layers, a.experts, a.vocab), indent=2))
     index = {"metadata": {}, "weight_map": weight_map}
     (a.folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

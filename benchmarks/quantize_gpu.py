@@ -6,7 +6,10 @@ Every result is compared with the reference's, bit for bit, and its bytes are po
 and plain torch operations for the same layout under torch.compile, which divides and fuses as it likes (its share of other bytes
 is printed).
 
-End to end (--checkpoint FOLDER of benchmarks/make_layer.py): `mxconv quantize` as a user runs it, --device cpu against cuda.
+Overlap (quantize_overlap.py): the workers' code fed from memory, each part alone and all together.
+
+End to end (--checkpoint FOLDER of benchmarks/make_layer.py): `mxconv quantize` as a user runs it, --device cpu against cuda, beside
+`cp -r` and `sync` of the same folder in the same run.
 
     --sweep     times many launch shapes instead, compiled in parallel; the tables of mxconv/quantize/gpu.py are made from it
 """
@@ -17,6 +20,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mxconv
+from benchmarks import quantize_overlap
 from mxconv.quantize import gpu, packing, reference
 from mxconv.quantize.schemes import SCHEMES, Scheme, get_scheme
 
@@ -44,6 +50,7 @@ CASES = {
 }
 GOALS = {"int4 g128": 0.75, "fp8 128×128": 0.80}
 SOURCE_ROWS = 2048
+DEMO = Path(mxconv.__file__).parent / "data" / "demo"
 
 
 def milliseconds(work: Callable[[], object], repeat: int = 100) -> float:
@@ -227,26 +234,48 @@ def sweep(rate: float, only: str) -> None:
         print(f"{name:20s} {table:12s} {told}  {problem}", flush=True)
 
 
+def copied(checkpoint: Path) -> float:
+    """Seconds of `cp -r` and `sync` of the checkpoint, beside which a run is to be judged."""
+    out = Path(tempfile.mkdtemp(prefix="mxconv-", dir=checkpoint.parent)) / "copy"
+    os.sync()
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", str(checkpoint), str(out)], check=True)
+    os.sync()
+    seconds = time.monotonic() - began
+    shutil.rmtree(out.parent)
+    return seconds
+
+
+def whole_run(source: Path, folder: Path, scheme: str, device: str, *options: str) -> dict[str, Any]:
+    """`mxconv quantize` as a user runs it: seconds of the process and what it says of itself; its manifest's bytes."""
+    out = Path(tempfile.mkdtemp(prefix="mxconv-", dir=folder)) / "out"
+    command = [sys.executable, "-m", "mxconv", "quantize", str(source), str(out), "--scheme", scheme, "--device", device]
+    os.sync()
+    began = time.monotonic()
+    done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-600:]}")
+    took = {"process_s": time.monotonic() - began, "manifest": (out / "manifest.json").read_bytes()}
+    shutil.rmtree(out.parent)
+    return took | json.loads(done.stdout.splitlines()[-1])
+
+
 def end_to_end(checkpoint: Path, schemes: list[str], workers: int) -> Iterator[dict[str, Any]]:
-    """Seconds of whole runs on both devices, and whether they wrote the same artifact."""
+    """Whole runs on both devices, beside a copy and beside what a run takes that has nothing to do: the bundled model's."""
+    options = ("--tp", "8", "--workers", str(workers), "--memory", "8GiB")
+    subprocess.run(["cat", *map(str, sorted(checkpoint.iterdir()))], stdout=subprocess.DEVNULL, check=True)  # into the page cache
     for scheme in schemes:
-        row: dict[str, Any] = {"scheme": scheme}
+        row: dict[str, Any] = {"scheme": scheme, "cp_s": copied(checkpoint)}
+        manifests = set()
         for device in ("cpu", "cuda"):
-            out = Path(tempfile.mkdtemp(prefix="mxconv-", dir=checkpoint.parent)) / "out"
-            command = [sys.executable, "-m", "mxconv", "quantize", checkpoint, out, "--scheme", scheme, "--tp", "8"]
-            command += ["--device", device, "--workers", workers, "--memory", "8GiB", "--json"]
-            began = time.monotonic()
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-            if done.returncode:
-                row[device] = done.stderr[-300:]
-                continue
-            row[f"{device}_s"] = time.monotonic() - began
-            result = json.loads(done.stdout.splitlines()[-1])
-            row |= {f"{device}_run_s": result["seconds"], f"{device}_rate": result["read_bytes"] / result["seconds"]}
-            row[f"{device}_manifest"] = (out / "manifest.json").read_bytes().hex()
-            shutil.rmtree(out.parent)
-        row["identical"] = row.pop("cpu_manifest", 0) == row.pop("cuda_manifest", 1)
-        yield row
+            start = whole_run(DEMO, checkpoint.parent, scheme, device)
+            run = whole_run(checkpoint, checkpoint.parent, scheme, device, *options)
+            manifests.add(run["manifest"])
+            row |= {"read_bytes": run["read_bytes"], "written_bytes": run["bytes"], f"{device}_s": run["process_s"]}
+            row |= {f"{device}_run_s": run["seconds"], f"{device}_start_s": start["process_s"]}
+            row[f"{device}_rate"] = run["read_bytes"] / run["process_s"]
+            row[f"{device}_rate_behind_start"] = run["read_bytes"] / max(1e-9, run["process_s"] - start["process_s"])
+        yield row | {"identical": len(manifests) == 1}
 
 
 def kernel_table(rate: float) -> list[dict[str, Any]]:
@@ -267,17 +296,18 @@ def kernel_table(rate: float) -> list[dict[str, Any]]:
 def run_table(checkpoint: Path, schemes: list[str], workers: int) -> list[dict[str, Any]]:
     """Measure and print, a line as soon as it is known."""
     rows = []
-    print(f"{workers} workers; seconds of the run, source bytes a second (with the process's start)")
-    print("| scheme | --device cpu | --device cuda | artifacts |\n" + "|---" * 4 + "|")
+    print(f"{workers} workers; GB/s of source bytes; start: the seconds of a run over 13 MB, most of them imports and compiling")
+    print("| scheme | read, written | cp -r and sync | device | seconds | start | GB/s | GB/s behind the start | artifacts |")
+    print("|---" * 9 + "|")
     for row in end_to_end(checkpoint, schemes, workers):
         rows.append(row)
-        told = [row["scheme"]]
+        size = row["read_bytes"] / 1e9
         for device in ("cpu", "cuda"):
-            if f"{device}_s" in row:
-                told.append(f"{row[f'{device}_run_s']:.2f} s, {row[f'{device}_rate'] / 1e9:.2f} GB/s ({row[f'{device}_s']:.1f} s)")
-            else:
-                told.append(row[device])
-        print("| " + " | ".join(told) + f" | {'identical' if row['identical'] else 'DIFFERENT'} |", flush=True)
+            told = [row["scheme"], f"{size:.2f}, {row['written_bytes'] / 1e9:.2f} GB"]
+            told += [f"{row['cp_s']:.2f} s ({size / row['cp_s']:.2f})", device]
+            told += [f"{row[f'{device}_s']:.2f} (run {row[f'{device}_run_s']:.2f})", f"{row[f'{device}_start_s']:.2f}"]
+            told += [f"{row[f'{device}_{rate}'] / 1e9:.2f}" for rate in ("rate", "rate_behind_start")]
+            print("| " + " | ".join(told) + f" | {'identical' if row['identical'] else 'DIFFERENT'} |", flush=True)
     return rows
 
 
@@ -288,7 +318,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="folder of benchmarks/make_layer.py")
     parser.add_argument("--schemes", nargs="*", default=["w4afp8", "block_wise_fp8"])
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--only-runs", action="store_true", help="leave the kernels out")
+    parser.add_argument("--only", choices=["kernels", "overlap", "runs"], help="one of the tables")
+    parser.add_argument("--only-runs", action="store_const", const="runs", dest="only", help="--only runs")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     rate = copy_rate()
@@ -296,10 +327,12 @@ def main() -> None:
     if a.sweep is not None:
         sweep(rate, a.sweep)
         return
-    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "kernels": [], "runs": []}
-    if not a.only_runs:
+    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_second": rate}
+    if a.only in (None, "kernels"):
         report["kernels"] = kernel_table(rate)
-    if a.checkpoint:
+    if a.only in (None, "overlap"):
+        report["overlap"] = list(quantize_overlap.rows(quantize_overlap.SCHEMES_SHOWN, [1, a.workers]))
+    if a.checkpoint and a.only in (None, "runs"):
         report["runs"] = run_table(a.checkpoint, a.schemes, a.workers)
     if a.json:
         a.json.write_text(json.dumps(report, indent=1))
