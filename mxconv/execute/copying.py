@@ -11,6 +11,7 @@ import numpy as np
 from mxconv.execute.job import Done, Job
 from mxconv.execute.rawbits import Raw, convert, raw_dtype
 from mxconv.execute.reading import Block, Findings, SourceReader
+from mxconv.execute.transposing import assign
 from mxconv.mapping.containers import Part
 from mxconv.mapping.minimax import permuted_order
 from mxconv.plan.values import Piece, Plan, Unit
@@ -44,7 +45,7 @@ def run_copy(unit: Unit, job: Job, findings: Findings) -> Done:
             if both is not None:
                 source = values[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(both, block.box, strict=True))]
                 target = place.view[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(both, place.room, strict=True))]
-                target[...] = convert(source, block.dtype, place.dtype)
+                assign(target, convert(source, block.dtype, place.dtype))
     findings.raise_bad()
     return Done(arrays=arrays)
 
