@@ -184,6 +184,7 @@ class Bench:
         self.units = units if workers > 1 else units[: max(2, len(units) // 8)]
         self.matrices = random_weights(self.source, self.units)
         self.places = PartPlaces("cuda", next(iter(self.matrices.values()))[0])
+        self.places.workers(self.plan, workers)
         self.pool = ThreadPoolExecutor(workers)
 
     def seconds(self, parts: Parts) -> float:

@@ -33,7 +33,8 @@ from mxconv.placement import PlacedFile
 from mxconv.progress import SILENT, Progress
 from mxconv.tensors import intersect
 
-FINISHERS = 2
+FINISHERS = max(2, min(8, (os.cpu_count() or 1) // 4))
+"""Files hashed at a time, each at what a core hashes twice; the last ones of all ranks end together, when no worker is left."""
 CHECK_SECONDS = 0.2
 
 

@@ -5,7 +5,7 @@ While a block travels and is encoded the next one is read and hashed; outputs tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,14 +59,21 @@ def short_of_memory(device: torch.device) -> Iterator[None]:
         ) from None
 
 
+def aligned_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of a buffer that holds outputs of these sizes one behind the other, each where `ALIGNMENT` allows."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
 class Lane:
     """One worker's part of a GPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, outputs_bytes: int = 0) -> None:
+        """`outputs_bytes`: of the largest unit, so that memory is pinned once; what exceeds it is pinned when it comes."""
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self._blocks: list[_Pinned] = []
         self._turn = 0
+        self._outputs_bytes = outputs_bytes
         self._outputs: _Pinned | None = None
 
     @contextmanager
@@ -106,17 +113,16 @@ class Lane:
 
     def fetch(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Copies on the host, in pinned memory that the next call writes again; waits for everything that was put on the lane."""
-        starts, total = [], 0
-        for output in outputs:
-            starts.append(total)
-            total += -(-output.numel() * output.element_size() // ALIGNMENT) * ALIGNMENT
+        sizes = [output.numel() * output.element_size() for output in outputs]
+        starts = [aligned_bytes(sizes[:number]) for number in range(len(sizes))]
+        total = aligned_bytes(sizes)
         if self._outputs is None or self._outputs.memory.numel() < total:
             if self._outputs is not None:
                 self._outputs.close()
-            self._outputs = _Pinned(total)
+            self._outputs = _Pinned(max(total, self._outputs_bytes))
         found = []
-        for output, start in zip(outputs, starts, strict=True):
-            place = self._outputs.memory[start : start + output.numel() * output.element_size()]
+        for output, start, size in zip(outputs, starts, sizes, strict=True):
+            place = self._outputs.memory[start : start + size]
             found.append(place.view(output.dtype).view(output.shape))
             found[-1].copy_(output, non_blocking=True)
         self.stream.synchronize()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxconv.dispatch import open_device, triton_wanted
 from mxconv.errors import ResourceError
-from mxconv.execute.lanes import Lane, short_of_memory
+from mxconv.execute.lanes import Lane, aligned_bytes, short_of_memory
 from mxconv.execute.rawbits import Raw
 from mxconv.plan.pieces import BLOCK_BYTES
 from mxconv.plan.values import Plan, Unit
@@ -151,6 +151,7 @@ class Places:
             triton_wanted("quantize", self.device, torch.bfloat16)  # refuses MXCONV_KERNELS=triton: the CPU has no kernels
         self._own = threading.local()
         self._lanes: list[Lane] = []
+        self._outputs_bytes = 0
 
     def __enter__(self) -> Places:
         return self
@@ -170,7 +171,9 @@ class Places:
         scheme = plan.request.scheme
         if not self.on_device or scheme is None:
             return wanted
-        need = max((device_bytes(unit, scheme) for unit in plan.units if unit.op == "quantize"), default=1)
+        units = [unit for unit in plan.units if unit.op == "quantize"]
+        need = max((device_bytes(unit, scheme) for unit in units), default=1)
+        self._outputs_bytes = max((aligned_bytes(output.size_bytes for output in unit.outputs) for unit in units), default=0)
         with short_of_memory(self.device):
             free = int(torch.cuda.mem_get_info(self.device)[0] * DEVICE_SHARE)
         if free < need:
@@ -196,7 +199,7 @@ class Places:
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is None:
             with short_of_memory(self.device):
-                lane = self._own.lane = Lane(self.device)
+                lane = self._own.lane = Lane(self.device, self._outputs_bytes)
             self._lanes.append(lane)
         return lane
 
