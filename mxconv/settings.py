@@ -33,7 +33,7 @@ FILE_NAME = "mxconv.toml"
 MAX_FILE_BYTES = 1 << 20
 COMMANDS = ("inspect", "convert", "quantize", "calibrate", "verify", "check", "diff", "generate", "bench", "demo")
 # Switches of other rooms, read by them.
-OTHER_VARIABLES = frozenset(("MXCONV_CONFIG", "MXCONV_FAILPOINT", "MXCONV_KERNELS"))
+OTHER_VARIABLES = frozenset(("MXCONV_CONFIG", "MXCONV_FAILPOINT", "MXCONV_KERNELS", "MXCONV_LAUNCHER"))
 
 
 def available_cores() -> int:

@@ -95,7 +95,8 @@ def launch(arguments: Sequence[str], count: int, console: Console) -> int:
     """Run `mxconv` with `arguments` as `count` processes on this machine; their exit code.
 
     The code is the one that all agree on: rank 0's, or that of the first failure (a process that was killed is 6). An interrupt or
-    SIGTERM is passed on and ends all within seconds. Nothing that was started is left running, even when this process is killed.
+    SIGTERM is passed on and ends all within seconds. Nothing that was started is left running: when this process is killed the
+    kernel kills them too.
     """
     from mxconv.runtime.watch import open_store
 
@@ -131,8 +132,9 @@ class _Members:
         shared = {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": path}
         for rank in range(self.count):
             place = Membership(
-                rank=rank, size=self.count, local_rank=rank, address="127.0.0.1", port=self.port, agent_store=True
-            )
+                rank=rank, size=self.count, local_rank=rank, address="127.0.0.1", port=self.port, agent_store=True,
+                launcher=os.getpid(),
+            )  # fmt: skip
             command = [*COMMAND, *self.arguments]
             self.running.append(
                 subprocess.Popen(

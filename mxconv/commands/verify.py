@@ -52,6 +52,8 @@ def command(
     """
     with session("verify", flags, follower=_follows(os.environ)) as (settings, console):
         place = read_membership(os.environ)
+        if place is not None:
+            place.end_with_launcher()
         if processes is not None:
             if place is not None:
                 raise UsageError("--processes starts processes, and this is one of several already (torchrun)", hint="leave it out")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -34,6 +35,7 @@ MEET_SECONDS, AGENT_SECONDS = 60, 10
 GROUP_HOURS = 24
 """The timeout of gloo collectives: rank 0 may hash an artifact, or a peer run a lane of its own, in the meantime."""
 NCCL_MINUTES = 30
+CONNECT_SECONDS, POLL_SECONDS = 5.0, 0.1
 DONE_SECONDS = 5.0
 
 T = TypeVar("T")
@@ -152,14 +154,33 @@ def joined(place: Membership, device: str, speak: Speak, quiet: Callable[[], Non
 def _meet(place: Membership, *, keeper: bool) -> Store:
     """A connection to the store where the processes meet; the `keeper` opens it."""
     try:
-        seconds = timedelta(seconds=AGENT_SECONDS if place.agent_store else MEET_SECONDS)
-        store = TCPStore(place.address, place.port, is_master=keeper, timeout=seconds, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
+        seconds = AGENT_SECONDS if place.agent_store else MEET_SECONDS
+        if not keeper:
+            _await_keeper(place, time.monotonic() + seconds)
+        connect = timedelta(seconds=CONNECT_SECONDS)
+        store = TCPStore(place.address, place.port, is_master=keeper, timeout=connect, wait_for_workers=False)
+        store.set_timeout(timedelta(seconds=seconds))
+    except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"the processes cannot meet: {str(error).splitlines()[0]}", where=f"{place.address}:{place.port}",
             hint="RANK, WORLD_SIZE, MASTER_ADDR … are set: is another process of this group running there?",
         ) from None  # fmt: skip
     return of_this_run(store)
+
+
+def _await_keeper(place: Membership, deadline: float) -> None:
+    """Until somebody listens; raises the OSError of the last try after `deadline`.
+
+    TCPStore waits for that too, but in growing pauses (28 s where 10 were allowed), and no signal comes through meanwhile.
+    """
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def _connect(place: Membership, store: Store, device: str) -> dist.ProcessGroup | None:

@@ -8,7 +8,6 @@ keeps (or rank 0, without one), under
     done/R      above 0 after a good end
     failed      the first failure: rank, error, who is to say it
     told        there when it has been said
-    launcher    there when `mxconv … --processes N` started them
 
 A peer on this machine that is gone is seen within a second, one that does not answer (stopped, another machine lost) after
 `LOST_SECONDS`. A process that neither computes nor reads for `IDLE_SECONDS`, nor waits for another, gives itself up. One that
@@ -72,9 +71,7 @@ class Failure:
 def open_store() -> tuple[Store, int]:
     """A launcher's store on this machine, and the port where its processes find it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    own = of_this_run(store)
-    own.set("launcher", "1")
-    return own, store.port
+    return of_this_run(store), store.port
 
 
 def of_this_run(store: Store) -> Store:
@@ -142,16 +139,12 @@ class Watch:
         self._stopped = threading.Event()
         self._signals, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signalled: tuple[int, float] | None = None
-        self._launched = store.check(["launcher"])
         self._busy = time.monotonic(), 0.0, 0
         self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="mxconv watch", daemon=True)
 
     def start(self) -> None:
         """Begin, from the main thread: signals are noticed even while it waits in a collective."""
-        me = _machine(), os.getpid(), start_of(os.getpid())
-        self.store.set(f"who/{self.place.rank}", pickle.dumps(me))  # type: ignore[arg-type]
-        self.store.add(f"alive/{self.place.rank}", 1)
         self._before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._thread.start()
 
@@ -166,12 +159,15 @@ class Watch:
         os.close(self._wakeup)
 
     def _run(self) -> None:
-        while not self._stopped.wait(TICK_SECONDS):
-            try:
+        try:
+            me = _machine(), os.getpid(), start_of(os.getpid())
+            self.store.set(f"who/{self.place.rank}", pickle.dumps(me))  # type: ignore[arg-type]
+            self.store.add(f"alive/{self.place.rank}", 1)
+            while not self._stopped.wait(TICK_SECONDS):
                 self._tick()
-            except Exception as error:  # whatever a store that went away raises
-                if not self._stopped.is_set():
-                    self._end_without_a_store(error)
+        except Exception as error:  # whatever a store that went away raises
+            if not self._stopped.is_set():
+                self._end_without_a_store(error)
 
     def _tick(self) -> None:
         now, paused = time.monotonic(), time.monotonic() - self._ticked > PAUSE_SECONDS
@@ -220,14 +216,14 @@ class Watch:
                 peer.who = pickle.loads(self.store.get(f"who/{rank}"))
             lost = self._lost(rank, peer, now)
             if lost and not self.store.add(f"done/{rank}", 0):
-                speaker = 0 if rank else LAUNCHER if self._launched else 1
+                speaker = 0 if rank else 1 if self.place.launcher is None else LAUNCHER
                 report(self.store, Failure(rank=rank, speaker=speaker, error=ResourceError(lost)))
 
     def _lost(self, rank: int, peer: _Peer, now: float) -> str:
         silent = now - peer.heard
         machine, pid, start = peer.who or ("", 0, None)
         # A launcher of ours sees it first, and by which signal it was.
-        if machine and machine == _machine() and not self._launched and start_of(pid) != start:
+        if machine and machine == _machine() and self.place.launcher is None and start_of(pid) != start:
             return f"rank {rank} (process {pid}) ended without a word: killed, out of memory, or crashed"
         if peer.beats and silent > self.lost_seconds:
             return f"rank {rank} has not answered for {silent:.0f} s: stopped, or its machine is lost"
@@ -260,13 +256,13 @@ class Watch:
             report(self.store, Failure(rank=self.place.rank, speaker=0, error=ResourceError(words)))
 
     def _end_without_a_store(self, error: Exception) -> None:
-        if not self.ending:
+        try:
             keeper = "the launcher" if self.place.agent_store else "rank 0"
-            lost = ResourceError(f"{keeper} is gone: {type(error).__name__}")
             # With a launcher gone nobody reads any more; without one each process can speak for itself alone.
-            if not self.place.agent_store or not self.place.follower:
-                self.speak(lost, "")
-        self.leave(ResourceError.exit_code)
+            if not self.ending and not (self.place.agent_store and self.place.follower):
+                self.speak(ResourceError(f"{keeper} is gone: {type(error).__name__}"), "")
+        finally:  # a terminal that is gone too does not keep it
+            self.leave(ResourceError.exit_code)
 
 
 def _bytes_read(thread: threading.Thread) -> int:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import DistNetworkError
 
 from mxconv.checkpoint import ByteReader
-from mxconv.errors import IntegrityError, MalformedInput, Problems, UsageError
+from mxconv.errors import IntegrityError, MalformedInput, Problems, ResourceError, UsageError
 from mxconv.membership import Membership, read_membership
 from mxconv.quantize.schemes import SCHEMES
 from mxconv.runtime import Model, generate, open_weights
 from mxconv.runtime.parallel import LocalRanks, ranks_of
-from mxconv.runtime.processes import device_of
+from mxconv.runtime.processes import _meet, device_of
+from mxconv.runtime.watch import Watch
 from mxconv.runtime.world import ALONE, World
 from tests.members import in_processes
 from tests.oracle.fastdeploy_writer import write_artifact
@@ -186,13 +193,16 @@ def test_membership_is_read_from_the_variables_of_torchrun() -> None:
     found = read_membership({**PLACE, "TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert found == Membership(rank=1, size=4, local_rank=1, address="host", port=29500, agent_store=True)
     assert found is not None and found.follower and read_membership(found.environment()) == found
+    assert found.launcher is None and read_membership({**PLACE, "MXCONV_LAUNCHER": "77"}) == replace(
+        found, agent_store=False, launcher=77
+    )
     for name in PLACE:  # a shell may have some of them for reasons of its own
         assert read_membership({key: value for key, value in PLACE.items() if key != name}) is None
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"RANK": "4"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": "2"}, {"MASTER_PORT": "http"}]
-)
+@pytest.mark.parametrize("wrong", [
+    {"RANK": "4"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": "2"}, {"MASTER_PORT": "http"}, {"MXCONV_LAUNCHER": "me"},
+])  # fmt: skip
 def test_contradicting_variables_are_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         read_membership({**PLACE, **wrong})
@@ -207,6 +217,47 @@ def test_devices() -> None:
     if torch.cuda.device_count() < 2:
         with pytest.raises(UsageError, match="fewer GPUs than processes"):
             device_of(place, "cuda")
+
+
+def test_waiting_for_a_store_that_nobody_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when it is to, and a signal comes through."""
+
+    def handle(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        place = Membership(rank=1, size=2, local_rank=1, address="127.0.0.1", port=nobody.getsockname()[1])
+        monkeypatch.setattr("mxconv.runtime.processes.MEET_SECONDS", 0.3)
+        with pytest.raises(ResourceError, match=r"cannot meet.*refused"):
+            _meet(place, keeper=False)
+        monkeypatch.setattr("mxconv.runtime.processes.MEET_SECONDS", 60)
+        before, began = signal.signal(signal.SIGALRM, handle), time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                _meet(place, keeper=False)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert time.monotonic() - began < 20
+
+
+def test_a_store_that_is_gone_ends_the_process() -> None:
+    """From the first moment on, and though there is no terminal to say so."""
+
+    class Gone:
+        def set(self, *_: object) -> None:
+            raise DistNetworkError("Connection reset by peer")
+
+    def speak(*_: object) -> None:
+        raise BrokenPipeError
+
+    place = Membership(rank=0, size=2, local_rank=0, address="", port=1, agent_store=True)
+    watch = Watch(Gone(), place, speak, leave=sys.exit)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as ended:
+        watch._run()
+    assert ended.value.code == 6
 
 
 @pytest.mark.gpu

@@ -66,6 +66,13 @@ def patch(kind: str, rank: int) -> None:
 if __name__ == "__main__":
     kind, rank, *arguments = sys.argv[1:]
     if "RANK" in os.environ:
-        patch(kind, int(rank))
+        original = together.together
+
+        def joined(*arguments: Any) -> Any:
+            """Not earlier: the command itself begins without torch."""
+            patch(kind, int(rank))
+            return original(*arguments)
+
+        together.together = joined  # type: ignore[assignment]
     together.COMMAND = (sys.executable, __file__, kind, rank)
     main(arguments)
