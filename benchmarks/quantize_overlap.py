@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ from mxconv.source import Source, open_source
 from mxconv.tensors import Box
 
 SCHEMES_SHOWN = ["w4afp8", "block_wise_fp8"]
-EXPERTS = 16
-"""5.4 GB of weights."""
+EXPERTS = 12
+"""4.1 GB of weights, a sixth of it for one worker."""
 MATRICES = 3
 """Of each shape in memory, more than the caches hold; experts take them in turn."""
-REPEAT = 3
+REPEAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,14 +166,16 @@ def planned(scheme: Scheme, experts: int) -> tuple[Source, Plan]:
 
 def random_weights(source: Source, units: Sequence[Unit]) -> dict[tuple[int, ...], list[Raw]]:
     """Raw bf16 matrices of every shape that the units read."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = {source.specs[rank][name].shape for unit in units for rank, name in unit.reads}
+    return {shape: [random_matrix(shape, number) for number in range(MATRICES)] for shape in shapes}
 
-    def one(shape: tuple[int, ...]) -> Raw:
-        made = (torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02).cpu()
-        return made.view(torch.int16).numpy().view(np.uint16)
 
-    return {shape: [one(shape) for _ in range(MATRICES)] for shape in shapes}
+@cache
+def random_matrix(shape: tuple[int, ...], number: int) -> Raw:
+    """Raw bf16; another one for each number."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = (torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02).cpu()
+    return made.view(torch.int16).numpy().view(np.uint16)
 
 
 class Bench:
@@ -181,7 +184,7 @@ class Bench:
     def __init__(self, scheme: str, workers: int, experts: int) -> None:
         self.source, self.plan = planned(SCHEMES[scheme], experts)
         units = [unit for unit in self.plan.units if unit.op == "quantize"]
-        self.units = units if workers > 1 else units[: max(2, len(units) // 8)]
+        self.units = units if workers > 1 else units[: max(2, len(units) // 6)]
         self.matrices = random_weights(self.source, self.units)
         self.places = PartPlaces("cuda", next(iter(self.matrices.values()))[0])
         self.places.workers(self.plan, workers)

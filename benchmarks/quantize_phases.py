@@ -133,7 +133,8 @@ def main() -> None:
     for device in a.device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]):
         found = phases(a.source, a.scheme, device, a.workers)
         print(f"\n| {device} | s |\n|---|---|")
-        for label in sorted(found, key=lambda label: (-("wall units files".index(label.split(":")[0])), found[label]), reverse=True):
+        order = ("wall", "units", "files")
+        for label in sorted(found, key=lambda label: (order.index(label.split(":")[0]), -found[label])):
             print(f"| {label} | {found[label]:.2f} |", flush=True)
 
 
