@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from mxconv.artifact.failpoints import reach
 from mxconv.artifact.names import JOURNAL_NAME
 from mxconv.artifact.system import sync_directory, try_lock, writing
+from mxconv.artifact.tree import file_digest
 from mxconv.checkpoint.folder import path_problem
 from mxconv.errors import MalformedInput, MxconvError, OutputConflict
 from mxconv.jsonfiles import read_regular
@@ -113,6 +114,13 @@ def small_digests(records: Iterable[Record]) -> dict[str, frozenset[str]]:
     return found
 
 
+def put_by_a_run(place: Path, known: Collection[str], data: bytes) -> bool:
+    """Whether the file `place` holds what is on record, or `data` as far as it goes: a disk that lied may have lost its end."""
+    if place.is_symlink() or not place.is_file():
+        return False
+    return file_digest(place).hex() in known or (place.stat().st_size <= len(data) and data.startswith(place.read_bytes()))
+
+
 def held(folder: Path) -> bool:
     """Whether a run at work holds the journal of `folder`: what tells where folders cannot be locked."""
     try:
@@ -136,6 +144,8 @@ class Journal:
         self.path = folder / JOURNAL_NAME
         self._lock = threading.Lock()
         self._synced = time.monotonic()
+        self.whole = True
+        """Nothing had to be cut off: all that a run put on record is known."""
         with writing(self.path):
             self._fd = os.open(
                 self.path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
@@ -156,6 +166,7 @@ class Journal:
             raise MalformedInput("journal is too large to be one", where=self.path, got=f"{info.st_size} bytes")
         data = b"".join(iter(lambda: os.read(self._fd, 1 << 20), b""))
         records, good = read_records(data)
+        self.whole = good == len(data)
         if records and (records[0].get("kind") != "plan" or records[0].get("format") != FORMAT):
             raise OutputConflict("the journal is of another version of mxconv", where=self.path, expected=FORMAT)
         if records and records[0].get("plan") != plan_digest:

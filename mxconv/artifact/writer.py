@@ -20,8 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from mxconv.artifact.disposal import MADE_FIRST
 from mxconv.artifact.failpoints import reach
-from mxconv.artifact.journal import Journal
+from mxconv.artifact.journal import Journal, put_by_a_run, small_digests
 from mxconv.artifact.names import own_paths
 from mxconv.artifact.output import Output
 from mxconv.artifact.parts import FileHash, Parts, Region
@@ -71,6 +72,7 @@ class ArtifactWriter:
         self.parts = Parts(output.work, plan_digest=output.plan_digest, files=self.files)
         check_cover(self.files, units, self.parts)
         self._journal = Journal(output.work, output.plan_digest)
+        self._small = small_digests(self._journal.records)
         self._pool = ThreadPoolExecutor(FINISHERS, thread_name_prefix="mxconv-finish")
         try:
             self.refuse_strays()
@@ -158,13 +160,27 @@ class ArtifactWriter:
         reach("journal-removed")
 
     def claim(self, path: str, data: bytes) -> None:
-        """Put on record what the small file `path` will hold, so that an overwriting run knows it for mxconv's own."""
-        self._journal.append({"kind": "small", "path": path, "sha256": hashlib.sha256(data).hexdigest()})
+        """Put on record what the small file `path` will hold, so that an overwriting run knows it for mxconv's own.
+
+        Raises OutputConflict when what lies there now was put there by somebody else.
+        """
+        known = self._small.get(path, frozenset())
+        if os.path.lexists(self.output.work / path) and not put_by_a_run(self.output.work / path, known, data):
+            self._refuse([path])
+        digest = hashlib.sha256(data).hexdigest()
+        self._small[path] = known | {digest}
+        self._journal.append({"kind": "small", "path": path, "sha256": digest})
         self._journal.sync()
 
     def refuse_strays(self) -> None:
         """Raise OutputConflict for whatever lies in the folder and is of no run of this plan: `check` would refuse it later."""
-        found = strays(self.output.work, own_paths(self._paths, self.output.plan_digest))
+        work = self.output.work
+        found = strays(work, own_paths(self._paths, self.output.plan_digest))
+        if self._journal.whole:  # then a small file that is not on record is not the run's, whatever its name
+            found += [path for path in sorted(self.others - MADE_FIRST - self._small.keys()) if os.path.lexists(work / path)]
+        self._refuse(found)
+
+    def _refuse(self, found: Sequence[str]) -> None:
         listed = Listed()
         for path in found:
             listed.add(
