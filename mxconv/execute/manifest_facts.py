@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mxconv.artifact import Manifest
 from mxconv.calibrate import Statistics
-from mxconv.execute.sidecars import Beside
+from mxconv.checkpoint import INDEX_NAME
+from mxconv.errors import IntegrityError
+from mxconv.execute.sidecars import CONFIG_NAME, SIDECAR_NAMES, Beside
 from mxconv.plan.values import Plan
 from mxconv.quantize.schemes import Scheme
 from mxconv.source import Source
@@ -65,6 +68,30 @@ def source_record(source: Source, beside: Beside) -> Mapping[str, Any]:
         "index_metadata": dict(shards.index_metadata),
         "with_index": shards.index is not None,
     }
+
+
+RECORDED: Mapping[str, str] = {
+    "config": CONFIG_NAME, "config_text": CONFIG_NAME,
+    "weight_map": INDEX_NAME, "index_metadata": INDEX_NAME, "with_index": INDEX_NAME,
+}  # fmt: skip
+"""Key of a source record → the file of the source that it is of."""
+
+
+def require_same_source(manifest: Manifest, source: Source, beside: Beside) -> None:
+    """Raise IntegrityError when a small file of the source is not what the finished artifact of this plan was made with.
+
+    The weights' headers are in the plan; whether their bytes are the same only reading all of them would tell.
+    """
+    then, now = manifest.body["source"], source_record(source, beside)
+    changed = {file for key, file in RECORDED.items() if key in then and then[key] != now[key]}
+    made_with = {name: fact.sha256 for name, fact in manifest.files.items() if name in SIDECAR_NAMES}
+    copied = {name: file.sha256 for name, file in beside.copied.items()}
+    changed |= {name for name in made_with.keys() | copied.keys() if made_with.get(name) != copied.get(name)}
+    if changed:
+        raise IntegrityError(
+            "the source changed since this artifact was made", where=", ".join(sorted(changed)[:5]),
+            hint="begin anew with --overwrite",
+        )  # fmt: skip
 
 
 def manifest_facts(

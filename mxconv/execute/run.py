@@ -23,7 +23,7 @@ from mxconv.errors import Interrupted, ResourceError
 from mxconv.execute.checking import run_check_decay, run_check_tied, run_decay
 from mxconv.execute.copying import run_copy
 from mxconv.execute.job import Done, Job
-from mxconv.execute.manifest_facts import manifest_facts
+from mxconv.execute.manifest_facts import manifest_facts, require_same_source
 from mxconv.execute.reading import Findings, SourceReader
 from mxconv.execute.sidecars import Beside, config_bytes, index_files, other_paths, sidecars
 from mxconv.execute.stopping import Stop, Watched, catching_signals
@@ -127,6 +127,7 @@ def run_plan(
         open_output(root, plan_digest=plan.digest, resume=options.resume, overwrite=options.overwrite, progress=progress) as output,
     ):
         if output.finished is not None:
+            require_same_source(output.finished, source, beside)
             check_artifact(output.root, output.finished, workers=workers, progress=watched).require()
             return _result(output.root, output.finished, plan, len(plan.units), True, began, workers, ())
         require_disk(plan, output.work)

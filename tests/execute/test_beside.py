@@ -99,6 +99,31 @@ def test_a_change_before_a_resumed_run(change: str, source: Path, tmp_path: Path
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("change", [name for name in CHANGES if "FIFO" not in name] + ["merges.txt new"])
+def test_a_change_after_the_end(change: str, source: Path, tmp_path: Path) -> None:
+    """The artifact is whole, and not the one that a run would make now."""
+    convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out", options=RunOptions(resume=True))
+    before = tree_digest(tmp_path / "out")
+    (source / "merges.txt").write_text("a b") if "new" in change else CHANGES[change](source)
+    with pytest.raises(MxconvError) as raised:
+        convert(source, tmp_path / "out", options=RunOptions(resume=True))
+    assert raised.value.exit_code == (5 if change == "config.json" else 8)  # it is in the plan
+    assert change == "config.json" or ("changed since" in raised.value.render() and change.split()[0] in raised.value.render())
+    assert tree_digest(tmp_path / "out") == before
+
+
+def test_an_artifact_as_source_that_is_the_same(source: Path, tmp_path: Path) -> None:
+    """What goes back or on is held against its own record: nothing changed, nothing is said."""
+    convert(source, tmp_path / "out", tp=2)
+    for options in (RunOptions(), RunOptions(resume=True)):
+        convert(tmp_path / "out", tmp_path / "back", layout=None, options=options)
+        convert(tmp_path / "out", tmp_path / "on", tp=1, options=options)
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="changed since"):
+        convert(tmp_path / "out", tmp_path / "back", layout=None, options=RunOptions(resume=True))
+
+
 def test_a_config_with_other_line_ends_goes_back_bit_for_bit(source: Path, tmp_path: Path) -> None:
     text = (source / "config.json").read_bytes().replace(b"\n", b"\r\n")
     (source / "config.json").write_bytes(text)
