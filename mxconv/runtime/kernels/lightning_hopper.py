@@ -9,8 +9,8 @@ products of 64 rows wait for, are q, k, v and the scores. Three kinds of warps s
     one warpgroup    k·qᵀ, decayed, for the chunks ahead: the scores; and zeros in place of padding
     one warpgroup    multiplies:
 
-        o' = S·qᵀ and S ← e^(-s·m)·S + v'ᵀ·k are issued, v' = v decayed to the chunk's end;  the last chunk's o is stored
-        o' is there and decayed      o = o' + vᵀ·scores is issued
+        o' = S·qᵀ and S ← e^(-s·m)·S + v'ᵀ·k are issued, v' = v decayed to the chunk's end
+        o' is there and decayed      o = o' + vᵀ·scores is issued; the last chunk's o is stored
         all are there                the slot is free
 
 v' and the scores are split into two values of their dtype each, and both are multiplied: the matrix unit has the time. So the
@@ -35,6 +35,7 @@ from mxconv.runtime.kernels.lightning_hopper_parts import (
     expm1_of_nonpositive,
     masked_rows,
     pair_decay,
+    split,
     state_before,
 )
 
@@ -92,11 +93,11 @@ def score_chunks(
             mbarrier.arrive(cooked.index(slot), count=1)
         zero = gl.zeros((C, C), gl.float32, SCORES)
         scores = warpgroup_mma(b_k, b_q.permute((1, 0)), zero, use_acc=False, is_async=False) * pair
-        rounded = scores.to(DTYPE)
+        upper, rest = split(scores, DTYPE)
         old = chunk - 2
         mbarrier.wait(free.index(gl.maximum(old, 0) % STAGES), (gl.maximum(old, 0) // STAGES) & 1, pred=old >= 0)
-        scores_s.index(chunk & 1).store(rounded)
-        rest_s.index(chunk & 1).store((scores - rounded.to(gl.float32)).to(DTYPE))
+        scores_s.index(chunk & 1).store(upper)
+        rest_s.index(chunk & 1).store(rest)
         fence_async_shared()
         barrier()
         mbarrier.arrive(scored.index(chunk & 1), count=1)
@@ -107,35 +108,54 @@ def multiply_chunks(
     state, q_s, k_s, v_s, scores_s, rest_s, o_s, out_rows, o_column, loaded, scored, free, counts, row, begin, chunks, s,
     OUT: gl.constexpr, STATE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: outputs of all chunks; the state [values, keys] behind them."""
+    """One warpgroup: outputs of all chunks; the state [values, keys] behind them.
+
+    Values are taken in two halves: the first is multiplied while the second is made ready. What is long done is stored when
+    nothing is left to issue.
+    """
     DTYPE: gl.constexpr = out_rows.dtype
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    MOVING: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    HALF: gl.constexpr = C // 2
     BV: gl.constexpr = o_s.shape[1]
-    i, j = gl.arange(0, C, gl.SliceLayout(0, OUT)), gl.arange(0, C, gl.SliceLayout(0, LEFT))
+    i, j = gl.arange(0, C, gl.SliceLayout(0, OUT)), gl.arange(0, HALF, gl.SliceLayout(0, LEFT))
     first_row = row.to(gl.int32) + begin
-    across, key = gl.exp(-s * (i + 1).to(gl.float32)), gl.exp(-s * (C - 1 - j).to(gl.float32))
-    lost = expm1_of_nonpositive(-s * C)
+    across, lost = gl.exp(-s * (i + 1).to(gl.float32)), expm1_of_nonpositive(-s * C)
+    early, late = gl.exp(-s * (C - 1 - j).to(gl.float32)), gl.exp(-s * (HALF - 1 - j).to(gl.float32))
     before = count_before(counts, row, begin, MASKED)
     zero = gl.zeros((BV, C), gl.float32, OUT)
     done = zero.to(DTYPE)
     left = gl.convert_layout(state.to(DTYPE), LEFT)
     for chunk in range(chunks):
         slot = chunk % STAGES
-        b_q, b_k = q_s.index(slot), k_s.index(slot)
+        b_q = q_s.index(slot)
+        k_1, k_2 = k_s.index(slot).slice(0, HALF, 0), k_s.index(slot).slice(HALF, HALF, 0)
         if MASKED:
-            start = begin + chunk * C
+            start, middle = begin + chunk * C, begin + chunk * C + HALF
             _, c_i = counted(counts, row, start, start + C, before, i, MASKED)
-            _, c_j = counted(counts, row, start, start + C, before, j, MASKED)
+            _, c_1 = counted(counts, row, start, start + C, before, j, MASKED)
+            _, c_2 = counted(counts, row, middle, start + C, before, j, MASKED)
             m = gl.load(counts + row + start + C - 1) - before
-            across, key = gl.exp(-s * c_i.to(gl.float32)), gl.exp(-s * (m - c_j).to(gl.float32))
-            lost = expm1_of_nonpositive(-s * m.to(gl.float32))
+            across, lost = gl.exp(-s * c_i.to(gl.float32)), expm1_of_nonpositive(-s * m.to(gl.float32))
+            early, late = gl.exp(-s * (m - c_1).to(gl.float32)), gl.exp(-s * (m - c_2).to(gl.float32))
             before += m
         mbarrier.wait(loaded.index(slot), (chunk // STAGES) & 1)
         inter = warpgroup_mma(left, b_q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        values = v_s.index(slot).permute((1, 0)).load(LEFT)
-        decayed, rest = decayed_values(values, key, gl.DotOperandLayout(0, STATE, 2))
-        moving = warpgroup_mma(decayed, b_k, state + state * lost, is_async=True)
-        moving = warpgroup_mma(rest, b_k, moving, is_async=True)
+        v_1 = v_s.index(slot).slice(0, HALF, 0).permute((1, 0)).load(LEFT)
+        upper, rest = decayed_values(v_1, early, MOVING)
+        moving = warpgroup_mma(upper, k_1, state + state * lost, is_async=True)
+        moving = warpgroup_mma(rest, k_1, moving, is_async=True)
+        v_2 = v_s.index(slot).slice(HALF, HALF, 0).permute((1, 0)).load(LEFT)
+        upper, rest = decayed_values(v_2, late, MOVING)
+        moving = warpgroup_mma(upper, k_2, moving, is_async=True)
+        moving = warpgroup_mma(rest, k_2, moving, is_async=True)
+        inter = warpgroup_mma_wait(4, (inter,))
+        mbarrier.wait(scored.index(chunk & 1), (chunk // 2) & 1)
+        upper_s, lower_s = scores_s.index(chunk & 1), rest_s.index(chunk & 1)
+        output = warpgroup_mma(v_1, upper_s.slice(0, HALF, 0), inter * across[None, :], is_async=True)
+        output = warpgroup_mma(v_1, lower_s.slice(0, HALF, 0), output, is_async=True)
+        output = warpgroup_mma(v_2, upper_s.slice(HALF, HALF, 0), output, is_async=True)
+        output = warpgroup_mma(v_2, lower_s.slice(HALF, HALF, 0), output, is_async=True)
         if chunk > 0:
             tma.store_wait(0)
             barrier()
@@ -143,16 +163,10 @@ def multiply_chunks(
             fence_async_shared()
             barrier()
             copy_out(out_rows, [first_row + (chunk - 1) * C, o_column], o_s)
-        inter = warpgroup_mma_wait(2, (inter,))
-        mbarrier.wait(scored.index(chunk & 1), (chunk // 2) & 1)
-        output = warpgroup_mma(values, scores_s.index(chunk & 1), inter * across[None, :], is_async=True)
-        output = warpgroup_mma(values, rest_s.index(chunk & 1), output, is_async=True)
-        state = warpgroup_mma_wait(2, (moving,))
-        left = gl.convert_layout(state.to(DTYPE), LEFT)
-        o = warpgroup_mma_wait(0, (output,))
+        state, o = warpgroup_mma_wait(0, (moving, output))
+        left, done = gl.convert_layout(state.to(DTYPE), LEFT), o.to(DTYPE)
         barrier()
         mbarrier.arrive(free.index(slot), count=1)
-        done = o.to(DTYPE)
     tma.store_wait(0)
     barrier()
     if chunks > 0:
@@ -196,9 +210,9 @@ def multiply_rest(
     key = gl.exp(-s * (m - count_here(counts, row, start, stop, before, m, at, MASKED)).to(gl.float32))
     zero = gl.zeros((C, C), gl.float32, OUT)
     scores = warpgroup_mma(b_k, b_q.permute((1, 0)), zero, use_acc=False, is_async=False) * pair_decay(s, c_j, c_i, j, i)
-    rounded = scores.to(DTYPE)
-    scores_s.store(rounded)
-    rest_s.store((scores - rounded.to(gl.float32)).to(DTYPE))
+    upper, rest = split(scores, DTYPE)
+    scores_s.store(upper)
+    rest_s.store(rest)
     fence_async_shared()
     barrier()
     left, values = gl.convert_layout(state.to(DTYPE), LEFT), b_v.permute((1, 0)).load(LEFT)
