@@ -79,7 +79,7 @@ def many_logits_kernel(
         else:
             high = xv.to(tl.bfloat16)
             total = tl.dot(high, rv, total)
-            total = tl.dot((xv - high.to(tl.float16)).to(tl.bfloat16), rv, total)
+            total = tl.dot((xv.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16), rv, total)
     out = (split * tokens + t)[:, None] * COLUMNS + c[None, :]
     tl.store(logits + out, total, mask=(t < tokens)[:, None] & (c < COLUMNS)[None, :])
 

@@ -164,6 +164,21 @@ def test_route(tokens: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_the_largest_fp16_numbers_are_routed() -> None:
+    """From 65,408 on they round up to a bf16 number that fp16 does not hold."""
+    from mxconv.runtime.kernels.moe import route
+
+    router = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) / 65536
+    for tokens in (1, 40):
+        x = torch.zeros(tokens, 512, dtype=torch.float16)
+        x[:, :3] = torch.tensor([65504.0, -65504.0, 65440.0])
+        chosen, weights = (part.cpu() for part in route(x.to(CUDA), router.to(CUDA), 2))
+        top, expected = torch.softmax(x.double() @ router.double().t(), -1).topk(2, -1)
+        assert torch.equal(chosen.long(), expected)
+        assert torch.allclose(weights.double(), top / top.sum(-1, keepdim=True), rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
 def test_a_token_that_is_not_a_number_stays_one() -> None:
     from mxconv.runtime.kernels.moe import MoeExperts, route
 
