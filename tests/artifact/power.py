@@ -7,6 +7,7 @@ happened (a journalling filesystem keeps the order of names, it does not keep da
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Disk:
         self.events: list[Event] = []
         self._fds: dict[int, int] = {}
         self._inodes: dict[int, int] = {}
+        self._numbers = itertools.count()
 
     def stand(self) -> int:
         """Log what lies below `root` already as safely on the disk; the number of events that says it."""
@@ -61,7 +63,9 @@ class Disk:
 
     def _inode(self, fd_or_path: int | str | Path) -> int:
         info = os.stat(fd_or_path, follow_symlinks=False) if not isinstance(fd_or_path, int) else os.fstat(fd_or_path)
-        return self._inodes.setdefault(info.st_ino, len(self._inodes))
+        if info.st_ino not in self._inodes:
+            self._inodes[info.st_ino] = next(self._numbers)
+        return self._inodes[info.st_ino]
 
     def _name(self, *entries: tuple[object, int | None]) -> None:
         """Names change, all in one step; they lie in one folder."""
@@ -79,6 +83,8 @@ class Disk:
         def open_(path: object, flags: int, mode: int = 0o777, **more: object) -> int:
             fresh = self._below(path) and flags & os.O_CREAT and not os.path.lexists(str(path))
             fd = real["open"](path, flags, mode, **more)
+            if fresh:  # a number that a removed file had is given again, its content is not
+                self._inodes.pop(os.fstat(fd).st_ino, None)
             if self._below(path):
                 self._fds[fd] = self._inode(fd)
             if fresh:
