@@ -3,6 +3,7 @@
     found = in_processes(4, f, arguments)      # [what f(world, *arguments) gave in rank 0, in rank 1 …]
 
 `f` is a function of a test module, so that the members can import it; starting them costs seconds, so that one call does much.
+Who takes longer than `seconds` hangs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def in_processes(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120, device: str = "cpu") -> list[Any]:
+def in_processes(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 600, device: str = "cpu") -> list[Any]:
     """Call `function(world, *arguments)` in `count` processes; what each gave. Raises AssertionError with their stderr."""
     from mxconv.membership import Membership
     from mxconv.runtime.watch import open_store

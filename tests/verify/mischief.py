@@ -1,7 +1,7 @@
 """The command line in one of several processes that comes to grief on the way: `mischief.py KIND RANK [verify …]`.
 
 Run by hand (or by a test) with `--processes N` it starts N of itself; under `torchrun` it is one of them. Rank RANK comes to grief
-in its second layer; every process writes its pid into the folder MISCHIEF_PIDS.
+in its second layer, and says when in the file MISCHIEF_AT; every process writes its pid into the folder MISCHIEF_PIDS.
 """
 
 from __future__ import annotations
@@ -42,21 +42,19 @@ KINDS: Mapping[str, Callable[[], object]] = {
 
 
 def patch(kind: str, rank: int) -> None:
-    """Let grief come in the second layer of `rank`, and make the watch impatient unless MISCHIEF_PATIENT is set."""
+    """Let grief come in the second layer of `rank`."""
     import torch
 
-    from mxconv.runtime import watch
     from mxconv.verify import streams
 
     torch.set_num_threads(1)
     own = os.environ["RANK"]
     Path(os.environ["MISCHIEF_PIDS"], own).write_text(str(os.getpid()))
-    if "MISCHIEF_PATIENT" not in os.environ:
-        watch.LOST_SECONDS = watch.IDLE_SECONDS = 3.0
     advance = streams._Running.advance
 
     def grieved(self: Any, lanes: Any, number: int) -> None:
         if number == 1 and (kind == "slow" or own == str(rank)):
+            Path(os.environ["MISCHIEF_AT"]).write_text(str(time.monotonic()))
             KINDS[kind]()
         advance(self, lanes, number)
 

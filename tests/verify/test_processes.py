@@ -28,6 +28,10 @@ from tests.spoil import Folder
 MISCHIEF = Path(__file__).with_name("mischief.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 REQUEST = ("--windows", "2", "--window", "300")
+HANGS_SECONDS = 300
+"""Whoever takes as long, on however loaded a machine, hangs."""
+PROMISED_SECONDS = 30
+"""docs/verify.md: so long after one fails all have ended."""
 
 
 def plain(document: Any) -> Any:
@@ -105,10 +109,15 @@ class Command:
     source: Path
     pids: Path
 
-    def start(self, kind: str, rank: int, *more: str, torchrun: bool = False, patient: bool = False) -> subprocess.Popen[str]:
+    @property
+    def grief(self) -> Path:
+        """Holds the time at which one came to grief."""
+        return self.pids.with_name("grief")
+
+    def start(self, kind: str, rank: int, *more: str, torchrun: bool = False) -> subprocess.Popen[str]:
         """The running command; two processes."""
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MISCHIEF_PIDS": str(self.pids), "OMP_NUM_THREADS": "1"}
-        environment |= {"MISCHIEF_PATIENT": "1"} if patient else {}
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment |= {"MISCHIEF_PIDS": str(self.pids), "MISCHIEF_AT": str(self.grief)}
         script = [str(MISCHIEF), kind, str(rank), "verify", str(self.artifact), "--source", str(self.source), *REQUEST, *more]
         command = [*TORCHRUN, "2", *script] if torchrun else [sys.executable, *script, "--processes", "2"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -118,22 +127,25 @@ class Command:
         return self.end(self.start(kind, rank, *more, **how))
 
     def end(self, running: subprocess.Popen[str]) -> Outcome:
-        """Wait for the end; `seconds` count from when both were at work."""
-        began = self.at_work(running)
-        out, err = running.communicate(timeout=90)
-        took = time.monotonic() - began
+        """Wait for the end; `seconds` count from when one came to grief."""
+        out, err = running.communicate(timeout=HANGS_SECONDS)
+        took = time.monotonic() - float(self.grief.read_text()) if self.grief.exists() else 0.0
         return Outcome(code=running.returncode, out=out, err=err, seconds=took, pids=self.known())
 
     def known(self) -> list[int]:
         """Pids of the processes."""
         return [int(text) for path in sorted(self.pids.iterdir()) if (text := path.read_text())]
 
-    def at_work(self, running: subprocess.Popen[str]) -> float:
-        """Wait until both processes have begun."""
-        deadline = time.monotonic() + 60
+    def at_work(self, running: subprocess.Popen[str]) -> None:
+        """Wait until both processes are about to join."""
+        deadline = time.monotonic() + HANGS_SECONDS
         while len(self.known()) < 2 and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return time.monotonic()
+
+    def in_grief(self, running: subprocess.Popen[str]) -> None:
+        """Wait until one has come to grief."""
+        while running.poll() is None and not self.grief.exists():
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -177,14 +189,14 @@ def test_exit_code_8_of_torchrun(command: Command, tmp_path: Path) -> None:
 def test_a_failing_or_killed_rank_ends_all(command: Command, kind: str, rank: int, code: int, words: str) -> None:
     ended = command.run(kind, rank, "--json")
     assert (ended.code, ended.left) == (code, [])
-    assert ended.err.count(words) == 1 and ended.seconds < 30
+    assert ended.err.count(words) == 1 and 0 < ended.seconds < PROMISED_SECONDS
     (problem,) = json.loads(ended.out)["problems"]
     assert problem["exit_code"] == code and words.endswith(problem["what"])
 
 
 def test_a_rank_killed_under_torchrun_ends_all(command: Command) -> None:
     ended = command.run("kill", 1, torchrun=True)
-    assert ended.code == 1 and ended.left == [] and ended.seconds < 30
+    assert ended.code == 1 and ended.left == [] and 0 < ended.seconds < PROMISED_SECONDS
     assert ended.out == "" and ended.err.count("ended without a word") == 1, ended.err
 
 
@@ -193,12 +205,11 @@ def test_a_rank_killed_under_torchrun_ends_all(command: Command) -> None:
 )
 def test_an_interrupt_ends_all(command: Command, number: signal.Signals, code: int) -> None:
     running = command.start("slow", 0)
-    command.at_work(running)
-    time.sleep(0.5)
+    command.in_grief(running)
     running.send_signal(number)
     began = time.monotonic()
     ended = command.end(running)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 10  # the 6 s that the launcher leaves them, and its own way out
     assert (ended.code, ended.out, ended.left) == (code, "", [])
     assert ended.err.count("error: stopped by") == 1
 
@@ -208,20 +219,20 @@ def children(pid: int) -> list[int]:
     return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("when", ["at once", "before they meet", "at work"])
+@pytest.mark.parametrize("when", ["at once", "as they meet", "at work"])
 def test_a_launcher_that_is_killed_leaves_nobody(command: Command, when: str) -> None:
     """The kernel ends them at once; a second's work is left to a process that has just begun."""
-    running = command.start("hang", 0, patient=True)
+    running = command.start("hang", 0)
     while len(members := children(running.pid)) < 2:
         assert running.poll() is None
         time.sleep(0.01)
-    if when != "at once":
+    if when == "as they meet":
         command.at_work(running)
-    if when == "at work":
-        time.sleep(1)
+    elif when == "at work":
+        command.in_grief(running)
     running.kill()
     running.wait()
-    deadline = time.monotonic() + 8  # less than the 10 s that a process looks for a store that is gone
+    deadline = time.monotonic() + 10  # not more: so long a process may look for a store that is gone
     while time.monotonic() < deadline and any(map(start_of, members)):
         time.sleep(0.05)
     left = [pid for pid in members if start_of(pid)]
@@ -236,22 +247,23 @@ THOROUGH = [("stop", 0), ("stop", 1), ("hang", 0), ("hang", 1), ("segv", 1), ("b
 @pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "rank"), THOROUGH)
 def test_every_kind_of_grief(command: Command, kind: str, rank: int) -> None:
-    """With the times that users have."""
     words = {"stop": "has not answered", "hang": "it hangs", "segv": "SIGSEGV", "bug": "a bug in mxconv: KeyError"}
-    ended = command.run(kind, rank, patient=True)
+    ended = command.run(kind, rank)
     assert ended.code == (6 if kind in ("stop", "hang") else 1)
-    assert ended.err.count(words[kind]) == 1 and ended.left == [] and ended.seconds < 35
+    assert ended.err.count(words[kind]) == 1 and ended.left == [] and 0 < ended.seconds < PROMISED_SECONDS
 
 
 def test_requests_that_do_not_fit(command: Command) -> None:
     """Three processes for two ranks, `--processes` under torchrun, a GPU for several."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, "-m", "mxconv", "verify", str(command.artifact), "--source", str(command.source), *REQUEST]
-    run = subprocess.run([*call, "--processes", "3"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(
+        [*call, "--processes", "3"], env=environment, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
+    )
     assert run.returncode == 2 and run.stderr.count("error:") == 1 and "over 3 processes" in run.stderr and run.stdout == ""
     member = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     run = subprocess.run(
-        [*call, "--processes", "2"], env=environment | member, capture_output=True, text=True, timeout=60, check=False
+        [*call, "--processes", "2"], env=environment | member, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
     )
     assert run.returncode == 2 and "several already" in run.stderr
 
@@ -264,8 +276,9 @@ def test_the_benchmark_at_a_small_size(tmp_path: Path) -> None:
     command += ["--json"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(tmp_path / "out.json")], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+        [*command, str(tmp_path / "out.json")], env=environment, capture_output=True, text=True, timeout=3 * HANGS_SECONDS,
+        check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["layer"]) == 8 and all(row["ms"] > 0 for row in found["layer"])
