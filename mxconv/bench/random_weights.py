@@ -44,8 +44,8 @@ class OneRank:
         return partial(0)
 
     def share(self, rank: int, compute: Callable[[], Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
-        """Every rank's share is computed here."""
-        return compute()
+        """The first rank's share; zeros stand for what the others would send."""
+        return compute() if rank in self.ranks else like.new_zeros(tuple(shape))
 
 
 class RandomWeights(Weights):

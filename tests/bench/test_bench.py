@@ -61,6 +61,23 @@ def test_random_weights_are_one_model(name: str) -> None:
         assert 1e-4 < error(once, logits(None)) < 0.3
 
 
+def test_one_rank_reads_its_own_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a step that is captured must: what it reads is there, and the other ranks' logits are not made."""
+    read: list[int] = []
+    rows = RandomWeights.rows
+
+    def counted(self: RandomWeights, name: str, rank: int, start: int, stop: int) -> torch.Tensor:
+        read.append(rank)
+        return rows(self, name, rank, start, stop)
+
+    monkeypatch.setattr(RandomWeights, "rows", counted)
+    model = Model(RandomWeights(synthetic_config(TINY), tp=2, scheme=None, device=CPU), group=OneRank(2))
+    assert read == [0, 0]
+    logits = model(random_ids(256, 1, 5))
+    half = logits.shape[-1] // 2
+    assert read == [0, 0] and logits[..., :half].any() and not logits[..., half:].any()
+
+
 def test_floor_and_seconds() -> None:
     ceilings = Ceilings(copy=100.0, matmul={"a": 10.0, "b": 20.0})
     assert ceilings.floor(1000.0, {"a": 10.0}) == 10.0

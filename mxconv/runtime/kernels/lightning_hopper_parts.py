@@ -105,13 +105,9 @@ def clear_padding(x_s, real, ROWS: gl.constexpr):
 
 @gluon.jit
 def split(x, DTYPE: gl.constexpr):
-    """float32 as two values of a two-byte dtype that sum to it, with twice the bits.
-
-    The first is what fits, cut off and not rounded: a conversion whose result is needed as float32 again is done value by value,
-    at an eighth of the speed of other arithmetic. What is cut off is in the second.
-    """
-    KEPT: gl.constexpr = -65536 if DTYPE == gl.bfloat16 else -8192  # noqa: SIM300
-    upper = (x.to(gl.int32, bitcast=True) & KEPT).to(gl.float32, bitcast=True)
+    """As `lightning_chunks.split`."""
+    BITS: gl.constexpr = 65536 if DTYPE == gl.bfloat16 else 8192  # noqa: SIM300  one in the dtype's last place
+    upper = ((x.to(gl.int32, bitcast=True) + BITS // 2) & -BITS).to(gl.float32, bitcast=True)
     return upper.to(DTYPE), (x - upper).to(DTYPE)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mxconv.runtime.kernels.lightning_prefill as lightning_prefill_module
 from mxconv.errors import UsageError
 from mxconv.runtime.kernels.lightning_launches import LAUNCHES, Launch, Launches
 from mxconv.runtime.kernels.lightning_prefill import Cut, lightning_prefill
@@ -62,6 +63,21 @@ def test_small_rows_off_alignment_are_taken_as_float32() -> None:
     want, want_states = expected(case, started=True)
     assert error(out, want) <= 1e-3
     assert error(states, want_states) <= 2e-6  # float32 all the way
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_value_is_split_into_two_that_sum_to_it(dtype: torch.dtype) -> None:
+    from tests.runtime.kernels.split_kernel import split_numbers
+
+    count, digits = 4096, 8 if dtype == torch.bfloat16 else 11
+    x = torch.randn(count) * torch.exp(torch.randn(count))
+    upper, rest = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
+    split_numbers[(1,)](x, upper, rest, N=count)
+    exact, smallest = x.double(), 3e-8 if dtype == torch.float16 else 0.0  # half of the least number of fp16
+    assert ((upper.double() - exact).abs() <= 2.0**-digits * exact.abs() + smallest).all()  # rounded to nearest
+    assert ((upper.double() + rest.double() - exact).abs() <= 2.0 ** (-2 * digits) * exact.abs() + smallest).all()
+    assert abs(float((rest * x > 0).float().mean()) - 0.5) < 0.05  # of both signs: what is truncated of its products cancels
 
 
 @interpreted
@@ -125,7 +141,7 @@ TRITON_ALONE = {size: dataclasses.replace(LAUNCHES[size, True], hopper=None) for
 def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> None:
     for lengths in ([64], [65], [640], [0, 1, 700, 64, 0, 2000, 130]):
         case = draw(lengths, 8, size, dtype, "cuda", seed=len(lengths))
-        hopper = torch.cuda.get_device_capability() == (9, 0)
+        hopper = lightning_prefill_module._copies_tiles(case.q.device)
         agrees(case, cut=cut_in(segments), state_bar=SPLIT_STATE if hopper else 1.0)
         agrees(case, cut=cut_in(segments), launches=TRITON_ALONE[size])
 
