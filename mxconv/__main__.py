@@ -1,7 +1,7 @@
 """`mxconv` and `python -m mxconv`: the process around the command line, also under `torchrun`.
 
-Ctrl-C ends it with 130 and a line, never a traceback, from the first import on. While a command works, its session turns
-SIGINT into KeyboardInterrupt or handles it; before and after there is nothing to clean up.
+Ctrl-C ends it with 130 and a line, never a traceback, from the first import on, and SIGTERM with 143. While a command works, its
+session handles both; before there is nothing to clean up, and after it all is said: then they are ignored.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import sys
 
 def _stop_at_once(number: int, frame: object) -> None:
     os.write(2, b"error: interrupted\n")
-    os._exit(130)
+    os._exit(128 + number)
 
 
 def main() -> None:
     """Run the command line and end the process with its code."""
-    heard = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # a job in the background may be told to ignore it
-    if heard:
-        signal.signal(signal.SIGINT, _stop_at_once)
+    # A job in the background may be told to ignore one.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, _stop_at_once)
     code: object = 0
     try:
         from mxconv.cli import main as command_line
@@ -31,8 +32,8 @@ def main() -> None:
         code = done.code
     except KeyboardInterrupt:  # a second one, while the first was being told
         code = 130
-    if heard:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; the interpreter's own end is no time for a traceback
+    for number in heard:
+        signal.signal(number, signal.SIG_IGN)  # the interpreter's own end is no time for another code or a traceback
     _end(code)
 
 

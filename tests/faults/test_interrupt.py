@@ -179,6 +179,7 @@ def test_calibration_is_interrupted_however_long_an_operation_takes(number: int,
         assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "clean")
 
 
+NAMED = [("SIGINT", 130), ("SIGTERM", 143)]
 HEAVY_IMPORT = """
 import os, signal, sys, types
 from mxconv import cli
@@ -197,7 +198,7 @@ AT_ONCE = """
 import os, signal, sys
 import click
 class Slow(click.Group):
-    def __init_subclass__(cls): os.kill(os.getpid(), signal.SIGINT)
+    def __init_subclass__(cls): os.kill(os.getpid(), signal.{name})
 click.Group = Slow
 from mxconv.__main__ import main
 main()
@@ -205,10 +206,18 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("script", "code"), [(HEAVY_IMPORT.format(name="SIGINT"), 130), (HEAVY_IMPORT.format(name="SIGTERM"), 143), (AT_ONCE, 130)]
+    ("script", "code"), [(script.format(name=name), code) for script in (HEAVY_IMPORT, AT_ONCE) for name, code in NAMED]
 )
 def test_a_signal_in_the_midst_of_an_import_is_no_bug(script: str, code: int) -> None:
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=60)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr and "bug" not in result.stderr and result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_when_all_is_said_changes_nothing(name: str) -> None:
+    script = f"import atexit, os, signal, sys\natexit.register(lambda: os.kill(os.getpid(), signal.{name}))\n"
+    script += 'sys.argv = ["mxconv", "--version"]\nfrom mxconv.__main__ import main\nmain()'
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "") and "mxconv" in run.stdout
