@@ -39,15 +39,23 @@ def expm1_of_nonpositive(x):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 that has no more bits than a two-byte dtype, rounded by integer arithmetic.
+
+    A conversion whose result is needed as float32 again is done value by value, at an eighth of the speed.
+    """
+    BITS: tl.constexpr = 65536 if dtype == tl.bfloat16 else 8192  # one in the dtype's last place
+    return ((x.to(tl.int32, bitcast=True) + BITS // 2) & -BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def split(x, dtype: tl.constexpr):
     """float32 as two values of a two-byte dtype that sum to it, with twice the bits.
 
-    The first is x rounded, by integer arithmetic: a conversion whose result is needed as float32 again is done value by value, at
-    an eighth of the speed. Not cut off: the second would have the sign of x, and what the matrix unit truncates of its products
+    The first is x rounded, not cut off: else the second had the sign of x, and what the matrix unit truncates of its products
     would add up over a long sequence (2e-3 of a state in 10⁶ tokens without decay).
     """
-    BITS: tl.constexpr = 65536 if dtype == tl.bfloat16 else 8192  # one in the dtype's last place
-    upper = ((x.to(tl.int32, bitcast=True) + BITS // 2) & -BITS).to(tl.float32, bitcast=True)
+    upper = rounded(x, dtype)
     return upper.to(dtype), (x - upper).to(dtype)
 
 
@@ -141,7 +149,7 @@ def lightning_states(
     at the segment's first token, finds what was read last still in the cache.
     """
     blocks: tl.constexpr = (D + BV - 1) // BV
-    segment, head, sequence = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
+    segment, head, sequence = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64), tl.program_id(2)
     d, n, i = tl.arange(0, DP), tl.program_id(0) % blocks * BV + tl.arange(0, BV), tl.arange(0, C)
     s = tl.load(rates + head).to(tl.float32)
     row, begin, stop, _, _ = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
@@ -160,6 +168,10 @@ def lightning_states(
         b_k = load_tile(k + far * stride_kt, stride_kt, i, d, real, D, DP)
         b_v = load_tile(v + far * stride_vt, stride_vt, i, n, real, D, blocks * BV)
         decayed = b_v * tl.exp(-s * gap.to(tl.float32))[:, None]
+        if PRECISION == "tf32":  # which holds a two-byte dtype's bits, and what they leave of a float32 in a second product
+            upper = rounded(decayed, v.dtype.element_ty)
+            state = tl.dot(tl.trans(b_k), upper, state, input_precision=PRECISION)
+            decayed -= upper
         state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
     for start in tl.range(0, full - begin, C, num_stages=STAGES):
         far = tl.cast(full - C - start, tl.int64)
@@ -214,7 +226,7 @@ def lightning_outputs(
     """Outputs, and the state behind the last token. Grid (column blocks · segments / PARTS, heads, sequences)."""
     blocks: tl.constexpr = (D + BV - 1) // BV
     column = tl.program_id(0) % blocks * BV
-    segment, head, sequence = tl.program_id(0) // blocks * PARTS, tl.program_id(1), tl.program_id(2)
+    segment, head, sequence = tl.program_id(0) // blocks * PARTS, tl.program_id(1).to(tl.int64), tl.program_id(2)
     d, n, i = tl.arange(0, DP), column + tl.arange(0, BV), tl.arange(0, C)
     inside = (d < D)[:, None] & (n < D)[None, :]
     s = tl.load(rates + head).to(tl.float32)

@@ -17,6 +17,8 @@ from torch import Tensor
 from mxconv.errors import UsageError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_ROWS = 65_535
+"""Of a launch's third axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ def lightning_decode(
         raise UsageError("states must be contiguous float32", expected=("slots", heads, size, size), got=tuple(state.shape))
     if slots.shape != (len(q),) or rates.shape != (heads,):
         raise UsageError("one slot for each row, one rate for each head", got=(tuple(slots.shape), tuple(rates.shape)))
+    if len(q) > MOST_ROWS:
+        raise UsageError("too many rows for one call", expected=f"at most {MOST_ROWS}", got=len(q))
     padded = max(16, 1 << (size - 1).bit_length())
     if padded not in LAUNCHES:
         raise UsageError("head_dim is too large for the lightning kernels", expected=f"at most {max(LAUNCHES)}", got=size)

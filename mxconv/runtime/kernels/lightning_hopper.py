@@ -1,6 +1,6 @@
 """The output pass of lightning prefill for Hopper: tensor copies and matrix instructions kept in flight by hand.
 
-Same function and arguments as `lightning_chunks.lightning_outputs` (formulas there), for two-byte dtypes and head_dim 64 or 128.
+Same function and arguments as `lightning_chunks.lightning_outputs` (formulas there), for bf16 and head_dim 64 or 128.
 Everything is computed transposed, values before keys and tokens, so that the state never leaves the registers: it is what one
 product accumulates and what the next takes as its left operand. What passes through shared memory, whose bandwidth is what the
 products of 64 rows wait for, are q, k, v and the scores. Three kinds of warps share the work:
@@ -13,7 +13,7 @@ products of 64 rows wait for, are q, k, v and the scores. Three kinds of warps s
         o' is there and decayed      o = o' + vᵀ·scores is issued; the last chunk's o is stored
         all are there                the slot is free
 
-v' and the scores are split into two values of their dtype each, and both are multiplied: the matrix unit has the time. So the
+v' and the scores are split into two bf16 values each, and both are multiplied: the matrix unit has the time. So the
 state is as good as float32 makes it, and outputs carry little more than their own rounding.
 
 What does not fill a chunk (a sequence's last tokens) is loaded with a mask into the first slot. This file needs triton alone.
@@ -71,7 +71,6 @@ def score_chunks(
     There are two buffers for scores: a chunk's may be written when the one two before it is multiplied.
     """
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    DTYPE: gl.constexpr = q_s.dtype
     token = gl.arange(0, C, gl.SliceLayout(1, ROWS))
     j, i = gl.arange(0, C, gl.SliceLayout(1, SCORES)), gl.arange(0, C, gl.SliceLayout(0, SCORES))
     pair = pair_decay(s, j + 1, i + 1, j, i)
@@ -93,7 +92,7 @@ def score_chunks(
             mbarrier.arrive(cooked.index(slot), count=1)
         zero = gl.zeros((C, C), gl.float32, SCORES)
         scores = warpgroup_mma(b_k, b_q.permute((1, 0)), zero, use_acc=False, is_async=False) * pair
-        upper, rest = split(scores, DTYPE)
+        upper, rest = split(scores)
         old = chunk - 2
         mbarrier.wait(free.index(gl.maximum(old, 0) % STAGES), (gl.maximum(old, 0) // STAGES) & 1, pred=old >= 0)
         scores_s.index(chunk & 1).store(upper)
@@ -210,7 +209,7 @@ def multiply_rest(
     key = gl.exp(-s * (m - count_here(counts, row, start, stop, before, m, at, MASKED)).to(gl.float32))
     zero = gl.zeros((C, C), gl.float32, OUT)
     scores = warpgroup_mma(b_k, b_q.permute((1, 0)), zero, use_acc=False, is_async=False) * pair_decay(s, c_j, c_i, j, i)
-    upper, rest = split(scores, DTYPE)
+    upper, rest = split(scores)
     scores_s.store(upper)
     rest_s.store(rest)
     fence_async_shared()

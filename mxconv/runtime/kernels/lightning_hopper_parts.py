@@ -104,17 +104,16 @@ def clear_padding(x_s, real, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def split(x, DTYPE: gl.constexpr):
-    """As `lightning_chunks.split`."""
-    BITS: gl.constexpr = 65536 if DTYPE == gl.bfloat16 else 8192  # noqa: SIM300  one in the dtype's last place
-    upper = ((x.to(gl.int32, bitcast=True) + BITS // 2) & -BITS).to(gl.float32, bitcast=True)
-    return upper.to(DTYPE), (x - upper).to(DTYPE)
+def split(x):
+    """As `lightning_chunks.split`, of bf16."""
+    upper = ((x.to(gl.int32, bitcast=True) + 32768) & -65536).to(gl.float32, bitcast=True)
+    return upper.to(gl.bfloat16), (x - upper).to(gl.bfloat16)
 
 
 @gluon.jit
 def decayed_values(values, key, LAYOUT: gl.constexpr):
     """vᵀ · e^(-s(m-c)) as two operands that sum to it; `key` [C] = e^(-s(m-c))."""
-    upper, rest = split(values.to(gl.float32) * key[None, :], values.dtype)
+    upper, rest = split(values.to(gl.float32) * key[None, :])
     return gl.convert_layout(upper, LAYOUT), gl.convert_layout(rest, LAYOUT)
 
 

@@ -6,9 +6,8 @@ each segment leaves behind, and the output pass starts each segment from the dec
 
 Accuracy, relative L2 against float64 (q, k, v behind SiLU, as in the model):
 
-    outputs     bf16 ≤ 2e-3, of which its own rounding is 1.7e-3; fp16 ≤ 1e-3; float32 ≤ 2e-6
-    states      on Hopper with head_dim 64 or 128 ≤ 1e-4 from two-byte values (split operands); else bf16 ≤ 1.5e-3, fp16 ≤ 1e-3;
-                float32 ≤ 2e-6
+    outputs     bf16 ≤ 2e-3, of which its own rounding is 1.7e-3; fp16 ≤ 5e-4, its own rounding; float32 ≤ 2e-6
+    states      float32 and fp16 ≤ 2e-6; bf16 by the Hopper kernel (head_dim 64 or 128, 64 rows or more) ≤ 1e-4, else ≤ 1.5e-3
 
 The state, decay factors and sums are float32. In 10⁶ tokens without any decay the matrix unit's truncating sums reach 1e-3.
 """
@@ -30,6 +29,12 @@ LARGEST_HEAD_DIM = 256
 ALIGNED = (64, 96, 128, 256)
 """head_dims whose two-byte rows the kernels take as they are; others, and rows that do not lie on 16 elements, are taken as
 float32: triton 3.6 multiplies a two-byte tile wrongly where it comes from registers and is transposed."""
+WIDENED = (torch.float16,)
+"""Dtypes that are taken as float32 always: states and scores, which are operands too, do not fit their range."""
+LARGEST_COLUMN = 1 << 31
+"""Columns of a tensor copy are int32."""
+MOST_SEQUENCES = 65_535
+"""Of a launch's third axis."""
 REACH = {torch.bfloat16: 24.0, torch.float16: 24.0, torch.float32: 40.0}
 """Tokens decayed by more than e^-reach before a segment starts are left out of its state."""
 PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
@@ -94,7 +99,11 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, cu_seqlens: Tensor |
         raise UsageError("packed sequences are one row of tokens without a mask", got=f"{batch} rows, mask {mask is not None}")
     if mask is not None and (mask.dtype != torch.bool or mask.numel() != batch * tokens):
         raise UsageError("mask must be bool", expected=(batch, tokens), got=(tuple(mask.shape), mask.dtype))
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device):
+        raise UsageError("cu_seqlens must be int32 [S + 1] beside q", got=(cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device))
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    if sequences > MOST_SEQUENCES:
+        raise UsageError("too many sequences for one call", expected=f"at most {MOST_SEQUENCES}", got=sequences)
     return Packed(sequences, tokens, batch * tokens, heads, size)
 
 
@@ -213,11 +222,13 @@ class _Call:
     def _hopper_rows(self, launch: Launch | None) -> tuple[Any, ...] | None:
         """Tensor descriptors of q, k, v and out as [rows, width], or None where the Hopper kernel cannot take this call."""
         packed, tensors = self.packed, (self.q, self.k, self.v, self.out)
-        if launch is None or not _copies_tiles(self.q.device) or self.q.element_size() != 2:
+        if launch is None or not _copies_tiles(self.q.device) or self.q.dtype != torch.bfloat16 or launch.stages < 2:
             return None
         if packed.size not in (64, 128) or packed.rows < launch.chunk:
             return None
         if any(x.data_ptr() % 16 or pair[0] % 8 or pair[1] % 8 for x, pair in zip(tensors, self.strides, strict=True)):
+            return None
+        if any(packed.heads * pair[1] + packed.size >= LARGEST_COLUMN for pair in self.strides):
             return None
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -244,7 +255,8 @@ def lightning_prefill(
     tokens, not changed; None means zeros. With `slots` int [S], `state` is instead a pool [slots, N, D, D] whose rows are read,
     updated in place, and returned as the pool; slot -1 is a padding sequence: outputs 0, no state touched. Two sequences with
     one slot are the caller's error. mask: bool [B, T], False where a token is padding: output 0, nothing added or decayed.
-    `launches` and `cut` override the measured ones. Two-byte rows that `ALIGNED` or 16 elements rule out are copied to float32.
+    `launches` and `cut` override the measured ones. fp16, and bf16 rows that `ALIGNED` or 16 elements rule out, are copied to
+    float32. Rows of `out` that cu_seqlens does not cover are not written.
 
     Nothing here waits for the GPU: how a batch is cut into segments is decided by the mean length of its sequences. Raises
     UsageError for shapes and dtypes that do not fit.
@@ -252,6 +264,8 @@ def lightning_prefill(
     packed = _packed(q, k, v, rates, cu_seqlens, mask)
     _checked_states(state, slots, packed)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise UsageError("out must be like q", expected=(tuple(q.shape), q.dtype), got=(tuple(out.shape), out.dtype))
     if slots is None or state is None:
         final = q.new_empty((packed.sequences, packed.heads, packed.size, packed.size), dtype=torch.float32)
     else:
@@ -261,7 +275,7 @@ def lightning_prefill(
     launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
     given, cut = cut, cut or cut_of(packed, launches, q.device)
     call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, cut)
-    if not call.aligned:
+    if not call.aligned or q.dtype in WIDENED:
         wide = q.float(), k.float(), v.float()
         result, final = lightning_prefill(*wide, rates, state, cu_seqlens, slots=slots, mask=mask, cut=given)
         return out.copy_(result), final

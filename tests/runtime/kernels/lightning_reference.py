@@ -10,10 +10,15 @@ from torch import Tensor
 
 from mxconv.runtime.lightning import LightningDecay, lightning
 
-BARS = {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (2e-3, 1.5e-3)}
-"""Relative L2 of (outputs, states) by dtype, for inputs behind SiLU. Zero-mean inputs average no rounding away."""
-SPLIT_STATE = 1e-4
-"""Of states where the Hopper kernel splits its operands, whatever the dtype."""
+BARS = {torch.float32: (4e-6, 4e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (2.5e-3, 1.6e-3)}
+"""Relative L2 of (outputs, states) of the worst head by dtype, for inputs behind SiLU: zero-mean inputs average no rounding away.
+
+What bf16 may reach was computed with its rounding emulated: 2.4e-3 where a head decays within a token, 1.75e-3 where it does not.
+"""
+EXACT = (2e-3, 1e-4)
+"""Of bf16 by the Hopper kernel, which splits its operands: emulated, outputs reach 1.76e-3, their own rounding."""
+WIDENED = (5e-4, 4e-6)
+"""Of fp16, which is taken as float32."""
 
 
 @dataclass
@@ -72,3 +77,8 @@ def error(got: Tensor, want: Tensor) -> float:
     """Relative L2; NaN stays NaN, so that no comparison passes it."""
     scale = torch.linalg.vector_norm(want.double())
     return float(torch.linalg.vector_norm(got.double() - want) / (scale if scale > 0 else 1.0))
+
+
+def worst(got: Tensor, want: Tensor, heads: int = 1) -> float:
+    """The largest relative L2 of any head (axis `heads`): a head that decays at once is nothing in the sum over all."""
+    return max(error(*pair) for pair in zip(got.unbind(heads), want.unbind(heads), strict=True))

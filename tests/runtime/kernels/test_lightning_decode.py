@@ -11,7 +11,7 @@ from mxconv.runtime.kernels.lightning_decode import lightning_decode
 from mxconv.runtime.kernels.lightning_norm_gate import lightning_norm_gate
 from mxconv.runtime.norm import scale_by_rms
 from tests.interpreted import interpreted, under_interpreter
-from tests.runtime.kernels.lightning_reference import BARS, draw, error, expected
+from tests.runtime.kernels.lightning_reference import draw, error, expected, worst
 
 test_in_the_interpreter = under_interpreter(__file__)
 
@@ -34,7 +34,7 @@ def decodes(rows: int, tokens: int, heads: int, size: int, dtype: torch.dtype, d
     lightning_decode(q, k, v, case.rates, pool, slots, out=out, **options)
     want, want_states = expected(case, started=True)
     want = want.unflatten(0, (rows, tokens)).reshape(q.shape)
-    assert error(out[used], want[used]) <= BARS[dtype][0]
+    assert worst(out[used], want[used], heads=-2) <= {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2e-3}[dtype]
     assert error(pool[slots[used]], want_states[used]) <= 5e-7
     rest = [slot for slot in range(rows + 3) if slot not in slots[used].tolist()]
     assert pool[rest].isnan().all()

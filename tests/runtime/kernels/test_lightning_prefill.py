@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mxconv.runtime.kernels.lightning_prefill as lightning_prefill_module
+import mxconv.runtime.kernels.lightning_prefill as prefill_module
 from mxconv.errors import UsageError
 from mxconv.runtime.kernels.lightning_launches import LAUNCHES, Launch, Launches
 from mxconv.runtime.kernels.lightning_prefill import Cut, lightning_prefill
 from tests.interpreted import interpreted, under_interpreter
-from tests.runtime.kernels.lightning_reference import BARS, SPLIT_STATE, Case, draw, error, expected
+from tests.runtime.kernels.lightning_reference import BARS, EXACT, WIDENED, Case, draw, error, expected, worst
 
 test_in_the_interpreter = under_interpreter(__file__)
 
@@ -30,30 +30,44 @@ def cut_in(programs: int | None) -> Cut | None:
     return None if programs is None else Cut(programs, 1 if programs == 1 else 2)
 
 
-def agrees(case: Case, *, started: bool = True, packed: bool = True, state_bar: float = 1.0, **options: object) -> None:
-    """Outputs into a poisoned buffer, and states, within the dtype's bars; the given state is not changed."""
+def bars_of(x: torch.Tensor, launches: Launches | None = None) -> tuple[float, float]:
+    """What outputs and states of the worst head may be off for inputs like x [T, N, D]."""
+    if x.dtype in prefill_module.WIDENED:
+        return WIDENED
+    exact = x.dtype == torch.bfloat16 and x.shape[-1] in (64, 128) and len(x) >= 64 and prefill_module._copies_tiles(x.device)
+    return EXACT if exact and launches is None else BARS[x.dtype]
+
+
+def agrees(case: Case, *, started: bool = True, packed: bool = True, **options: object) -> None:
+    """Outputs into a poisoned buffer, and states, within the bars, head by head; the given state is not changed."""
     out = torch.full(case.q.shape, torch.nan, dtype=case.q.dtype, device=case.q.device)
     before = case.state.clone()
     out, states = lightning_prefill(
         case.q, case.k, case.v, case.rates, case.state if started else None, case.cu_seqlens if packed else None, out=out, **options
     )
     want, want_states = expected(case, started=started)
-    bars = BARS[case.q.dtype][0], min(BARS[case.q.dtype][1], state_bar)
-    errors = error(out, want), error(states, want_states)
+    bars = bars_of(case.q, options.get("launches"))
+    errors = worst(out, want), worst(states, want_states)
     assert errors[0] <= bars[0] and errors[1] <= bars[1], f"{errors} beyond {bars}"
     assert torch.equal(case.state, before)
+
+
+@pytest.fixture
+def as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 goes to the kernels as two bytes: the interpreter multiplies no bf16, and their two-byte code is to be run."""
+    monkeypatch.setattr(prefill_module, "WIDENED", ())
 
 
 @interpreted
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float16, 64), (torch.float16, 24)])
-def test_small(segments: int, dtype: torch.dtype, size: int) -> None:
+def test_small(segments: int, dtype: torch.dtype, size: int, as_it_is: None) -> None:
     case = draw([0, 1, 37, 16], 2, size, dtype, "cpu", seed=segments)
     agrees(case, launches=both(SMALL), cut=cut_in(segments))
 
 
 @interpreted
-def test_small_rows_off_alignment_are_taken_as_float32() -> None:
+def test_small_rows_off_alignment_are_taken_as_float32(as_it_is: None) -> None:
     case = draw([40], 2, 64, torch.float16, "cpu")
     odd = torch.full((40, 2, 3 * 64 + 1), torch.nan, dtype=torch.float16)
     raw = []
@@ -141,8 +155,7 @@ TRITON_ALONE = {size: dataclasses.replace(LAUNCHES[size, True], hopper=None) for
 def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> None:
     for lengths in ([64], [65], [640], [0, 1, 700, 64, 0, 2000, 130]):
         case = draw(lengths, 8, size, dtype, "cuda", seed=len(lengths))
-        hopper = lightning_prefill_module._copies_tiles(case.q.device)
-        agrees(case, cut=cut_in(segments), state_bar=SPLIT_STATE if hopper else 1.0)
+        agrees(case, cut=cut_in(segments))
         agrees(case, cut=cut_in(segments), launches=TRITON_ALONE[size])
 
 
@@ -198,8 +211,9 @@ def test_padding_is_skipped(segments: int | None, dtype: torch.dtype) -> None:
         x[~flat] = 0.0
     case.mask = flat
     want, want_states = expected(case, started=True)
-    assert error(out.flatten(0, 1), want) <= BARS[dtype][0]
-    assert error(states, want_states) <= BARS[dtype][1]
+    bars = bars_of(case.q)
+    assert worst(out.flatten(0, 1), want) <= bars[0]
+    assert worst(states, want_states) <= bars[1]
     assert torch.equal(states[2], case.state[2])
 
 
@@ -216,8 +230,9 @@ def test_slots_of_a_pool(segments: int | None) -> None:
     want, want_states = expected(case, started=True)
     assert states is pool
     assert (out[500:800] == 0).all()
-    assert error(out[:500], want[:500]) <= 2e-3 and error(out[800:], want[800:]) <= 2e-3
-    assert error(pool[[4, 0]], want_states[[0, 2]]) <= BARS[torch.bfloat16][1]
+    bars = bars_of(case.q)
+    assert worst(out[:500], want[:500]) <= bars[0] and worst(out[800:], want[800:]) <= bars[0]
+    assert worst(pool[[4, 0]], want_states[[0, 2]]) <= bars[1]
     assert pool[[1, 2, 3, 5]].isnan().all()
 
 
@@ -258,23 +273,58 @@ def test_a_million_tokens(heads: int, segments: int | None) -> None:
     want, want_states = expected(case, started=False)
     assert out.isfinite().all()
     # Their own rounding is 1.7e-3; the state drifts by up to 1e-3, as the matrix unit truncates its sums and nothing decays.
-    assert error(out[-10_000:], want[-10_000:]) <= 2.2e-3
-    assert error(states, want_states) <= 1e-3
+    assert worst(out[-10_000:], want[-10_000:]) <= 2.2e-3
+    assert worst(states, want_states) <= 1e-3
+
+
+@interpreted
+def test_small_heads_that_lie_beyond_int32(as_it_is: None) -> None:
+    """Heads before tokens, as attention elsewhere has them: the third begins 2.2e9 elements behind the first."""
+    case = draw([40], 3, 64, torch.float16, "cpu")
+    far = torch.empty(3 * 1_100_000_000, dtype=torch.float16)  # of which some pages are touched
+    views = []
+    for at, x in enumerate((case.q, case.k, case.v)):
+        view = far[at * 40 * 64 :].as_strided(x.shape, (64, 1_100_000_000, 1))
+        views.append(view.copy_(x))
+    case.q, case.k, case.v = views
+    agrees(case, packed=False, launches=both(SMALL))
 
 
 @GPU
-def test_offsets_beyond_int32() -> None:
-    # 70,000 rows of 64 heads · 3 · 192 elements: the last rows lie beyond 2^31 elements.
-    fused = torch.empty(60_000, 64, 640, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("size", [128, 96])
+def test_offsets_beyond_int32(size: int) -> None:
+    # 60,000 rows of 64 heads · 5 · size elements: the last rows lie beyond 2^31 elements.
+    fused = torch.empty(60_000, 64, 5 * size, dtype=torch.bfloat16, device="cuda")
     fused[:-500] = 0
-    fused[-500:] = F.silu(torch.randn(500, 64, 640, device="cuda"))
-    q, k, v = fused[..., :128], fused[..., 128:256], fused[..., 512:]
+    fused[-500:] = F.silu(torch.randn(500, 64, 5 * size, device="cuda"))
+    q, k, v = fused[..., :size], fused[..., size : 2 * size], fused[..., 4 * size :]
     rates = torch.full((64,), 0.01, device="cuda")
     out, _ = lightning_prefill(q, k, v, rates)
     last = (x[-500:, 60:].contiguous() for x in (q, k, v))
-    short = Case(*last, rates[60:].double(), [500], torch.zeros(1, 4, 128, 128, device="cuda"))
-    assert error(out[-500:, 60:], expected(short, started=False)[0]) <= 2e-3
+    short = Case(*last, rates[60:].double(), [500], torch.zeros(1, 4, size, size, device="cuda"))
+    assert worst(out[-500:, 60:], expected(short, started=False)[0]) <= bars_of(q)[0]
     assert (out[:-500] == 0).all()
+
+
+@GPU
+def test_heads_beyond_int32() -> None:
+    far = torch.empty(3 * 1_100_000_000, dtype=torch.bfloat16, device="cuda")
+    case = draw([700], 3, 128, torch.bfloat16, "cuda")
+    for at, name in enumerate("qkv"):
+        view = far[at * 700 * 128 :].as_strided((700, 3, 128), (128, 1_100_000_000, 1))
+        setattr(case, name, view.copy_(getattr(case, name)))
+    want, want_states = expected(case, started=False)
+    out, states = lightning_prefill(case.q, case.k, case.v, case.rates)
+    assert worst(out, want) <= BARS[torch.bfloat16][0] and worst(states, want_states) <= BARS[torch.bfloat16][1]
+
+
+@GPU
+def test_fp16_keeps_to_the_range_of_the_state() -> None:
+    """States and scores beyond 65,504: the definition's outputs are small and finite."""
+    case = draw([300], 2, 128, torch.float16, "cuda", rates=[1e-3, 0.5])
+    case.state.fill_(1e5)
+    case.q.mul_(1e-3)
+    agrees(case, packed=False)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +333,8 @@ def test_offsets_beyond_int32() -> None:
         {"v": torch.zeros(4, 2, 8)}, {"rates": torch.zeros(3)}, {"state": torch.zeros(1, 2, 16, 16, dtype=torch.float64)},
         {"slots": torch.zeros(1)}, {"q": torch.zeros(4, 2, 16, dtype=torch.float64)}, {"mask": torch.ones(5, dtype=torch.bool)},
         {name: torch.zeros(4, 2, 300) for name in "qkv"}, {"k": torch.zeros(4, 16, 2).transpose(1, 2)},
+        {"out": torch.zeros(3, 2, 16)}, {"out": torch.zeros(4, 2, 16, dtype=torch.float64)},
+        {"cu_seqlens": torch.tensor([0.0, 4.0])}, {"cu_seqlens": torch.arange(65_537, dtype=torch.int32)},
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change: dict) -> None:
