@@ -124,7 +124,7 @@ def decode(model: Model, one: Any, index: int, options: argparse.Namespace) -> t
     pool.pretend(options.context)
     step()
     again = step
-    if device.type == "cuda" and one.feed_forward.capturable:
+    if device.type == "cuda" and one.capturable:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -46,6 +46,12 @@ class LightningAttention:
             self.outputs[rank] = order(weights.dense(layer, "attn_out", rank, dtype).to(device))
             self.decays[rank] = LightningDecay(weights.rates(layer, rank), device, statistics_dtype(dtype))
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step reads nothing back from the device: the definition asks there which slots are active."""
+        weight = self.inputs[self.group.ranks[0]]
+        return triton_wanted("lightning_decode", weight.device, weight.dtype, head_dim=self.head_dim)
+
     def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, H] → [B, T, H]."""
         heads, gates = {}, {}
@@ -111,6 +117,11 @@ class SoftmaxAttention:
         for rank in group.ranks:
             self.inputs[rank] = order(weights.fused(layer, ("q", "k", "v"), rank, dtype).to(device))
             self.outputs[rank] = order(weights.dense(layer, "attn_out", rank, dtype).to(device))
+
+    @property
+    def capturable(self) -> bool:
+        """A step reads nothing back from the device."""
+        return True
 
     def __call__(self, h: Tensor, batch: Batch, cache: Past | None) -> Tensor:
         """[B, T, H] → [B, T, H]."""

@@ -7,7 +7,8 @@ Ids, lengths and which slots are active live in static buffers on the device; a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Decoder:
         # The kernels compute as served; exact activations take the definition, which asks the device what it chose.
         able = model.capturable and (activations == "quantized" or model.weights.scheme is None)
         if graphs and not able:
-            raise UsageError("this model's steps cannot be captured in a CUDA graph", expected="cuda, bfloat16, experts as kernels")
+            raise UsageError("this model's steps cannot be captured in a CUDA graph", expected="cuda, bfloat16, kernels")
         self.model, self.activations = model, activations
         self.graphs = able if graphs is None else graphs
         self.pool = Slots(slots, _rounded(room, LEAST_COLUMNS), model.device)
@@ -105,20 +106,27 @@ class Decoder:
         return logits
 
     def _capture(self, rows: int, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # With no slot active a run changes nothing, so that kernels can be compiled and buffers made before the capture.
-        active = self._active.clone()
-        self._active.zero_()
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):
-            self._computed(rows, columns)
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((graph.pool() for graph, _ in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self._computed(rows, columns)
-        self._active.copy_(active)
+        with self._none_active():
+            stream = torch.cuda.Stream(self.model.device)
+            stream.wait_stream(torch.cuda.current_stream(self.model.device))
+            with torch.cuda.stream(stream):
+                self._computed(rows, columns)
+            torch.cuda.current_stream(self.model.device).wait_stream(stream)
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._computed(rows, columns)
         return graph, logits
+
+    @contextmanager
+    def _none_active(self) -> Iterator[None]:
+        """With no slot active a run changes nothing, so that kernels can be compiled and buffers made before a capture."""
+        active = self._active.clone()
+        self._active.zero_()
+        try:
+            yield
+        finally:
+            self._active.copy_(active)
 
     def _room(self, tokens: int) -> None:
         if tokens > self.pool.room:

@@ -31,6 +31,11 @@ class DecoderLayer:
         self.attention = make_attention(weights, index, group, device, dtype, keep=keep)
         self.feed_forward = FeedForward(weights, index, group, device, dtype, keep=keep)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether one token a sequence can be computed without reading anything back from the device."""
+        return self.attention.capturable and self.feed_forward.capturable
+
     def __call__(
         self, x: Tensor, batch: Batch, *, cache: Past | None = None, activations: Activations = "quantized",
         observer: Observer | None = None,

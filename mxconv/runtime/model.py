@@ -100,7 +100,7 @@ class Model:
             return False
         for index in range(self.config.num_layers):
             with self.layer(index) as layer:
-                if not layer.feed_forward.capturable:
+                if not layer.capturable:
                     return False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -82,6 +83,44 @@ def test_what_stands_behind_a_sequence_does_not_matter(folder: Path) -> None:
     assert error(decoder.step()[1], expected(model, [*ids, token])) <= FLOAT64_BAR
     assert all(torch.equal(decoder.pool._states[key][[0, 2]], states) for key, states in before.items())
     assert decoder.pool.tokens.tolist() == [0, 6, 0] == decoder.pool.used
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_steps_are_captured_where_lightning_runs_as_a_kernel(
+    tmp_path: Path, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its definition reads on the host which slots are active, which a capture forbids; experts are not all there is."""
+    model = load(make_checkpoint(tmp_path, dense=True), dtype=torch.bfloat16)
+    model(random_ids(128, 1, 2))
+    model.device = torch.device("cuda")  # with every layer loaded, only asked
+    asked = []
+
+    def wanted(operation: str, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
+        asked.append((operation, dtype, shape))
+        return kernels
+
+    monkeypatch.setattr("mxconv.runtime.attention.triton_wanted", wanted)
+    assert model.capturable is kernels
+    assert set(map(str, asked)) == {str(("lightning_decode", torch.bfloat16, {"head_dim": 16}))}
+
+
+class Failed(Exception):
+    """What a forward raises."""
+
+
+def test_a_capture_that_fails_leaves_the_slots_active(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder, dtype=torch.float64)
+    decoder = Decoder(model, slots=2, room=8)
+    ids = [3, 1, 4]
+    decoder.start(1, ids)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    with monkeypatch.context() as failing, pytest.raises(Failed):
+        failing.setattr(model, "forward", MagicMock(side_effect=Failed))
+        decoder._capture(2, 8)
+    assert decoder._active.tolist() == [False, True]
+    token = int(decoder.tokens[1])
+    assert error(decoder.step()[1], expected(model, [*ids, token])) <= FLOAT64_BAR
 
 
 def test_refusals(folder: Path) -> None:

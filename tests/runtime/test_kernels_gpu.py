@@ -129,6 +129,42 @@ def test_graphs_decode_the_same_tokens(tmp_path: Path, shape: dict, tp: int) -> 
     assert graphs == eager and len(graphs[1]) == 33
 
 
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.float64, ""), (torch.float32, "torch"), (torch.bfloat16, "torch")])
+def test_lightning_by_its_definition_is_not_captured(
+    tmp_path: Path, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even with a dense mlp, which could be: the definition asks the device which slots are active."""
+    monkeypatch.setenv("MXCONV_KERNELS", kernels)
+    model = load(make_checkpoint(tmp_path, **QUANTIZABLE, dense=True), device="cuda", dtype=dtype)
+    decoder = Decoder(model, slots=3, room=64)
+    assert not model.capturable and not decoder.graphs
+    decoder.start(1, ids := random_ids(200, 1, 9)[0].tolist())
+    for _ in range(3):
+        ids.append(int(decoder.tokens[1]))
+        assert error(decoder.step()[1], model(torch.tensor([ids]), last=1)[0, -1]) <= BF16_BAR
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_capture_that_fails_is_tried_again(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the run before it, or in itself: the slots stay active, and the next step is right."""
+    model = load(make_checkpoint(tmp_path, **QUANTIZABLE), device="cuda", dtype=torch.bfloat16)
+    decoder = Decoder(model, slots=2, room=64)
+    decoder.start(1, ids := random_ids(200, 1, 9)[0].tolist())
+    calls = []
+
+    def forward(*arguments: object, **options: object) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == fails_at:
+            raise ArithmeticError
+        return Model.forward(model, *arguments, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as failing, pytest.raises(ArithmeticError):
+        failing.setattr(model, "forward", forward)
+        decoder.step()
+    ids.append(int(decoder.tokens[1]))
+    assert decoder.graphs and error(decoder.step()[1], model(torch.tensor([ids]), last=1)[0, -1]) <= BF16_BAR
+
+
 def test_slots_equal_sequences_alone(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, **QUANTIZABLE)
     model = load(folder, device="cuda", dtype=torch.bfloat16)
