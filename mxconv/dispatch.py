@@ -24,26 +24,31 @@ CHOICES = ("torch", "triton")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Where an operation has a kernel: dtypes by torch's name, what its shape must fulfil, the least compute capability."""
+    """Where an operation has a kernel: dtypes by torch's name, what its shape must fulfil, compute capabilities from, and below."""
 
     dtypes: frozenset[str]
     fits: Callable[[Mapping[str, int]], bool] = lambda shape: True
     capability: tuple[int, int] = (8, 0)
+    below: tuple[int, int] = (1000, 0)
 
 
 _E4M3 = (8, 9)
 """The first GPUs that convert to e4m3."""
 _HALF = frozenset({"bfloat16", "float16"})
+WIDEST_NORM = 16384
+"""A row of this many values fits the registers of a program of `residual_norm`."""
 RULES: Mapping[str, Rule] = {
     # The head_dims whose kernels have been run on a GPU.
     "lightning_prefill": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] in (16, 32, 64, 96, 128, 256)),
     "lightning_decode": Rule(dtypes=_HALF | {"float32"}, fits=lambda shape: shape["head_dim"] <= 256),
     "silu": Rule(dtypes=_HALF),
     "lightning_norm": Rule(dtypes=_HALF),
-    "residual_norm": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] <= 16384),
+    "residual_norm": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] <= WIDEST_NORM),
     "moe": Rule(dtypes=_HALF, fits=lambda shape: shape["hidden"] % 128 == 0 and shape["inner"] % 128 == 0, capability=_E4M3),
+    # torch's grouped_mm has a kernel for bf16 on these alone; elsewhere it asks the device for the sizes of the groups.
     "moe_dense": Rule(
-        dtypes=_HALF, fits=lambda shape: shape["hidden"] % 16 == 0 and shape["inner"] % 16 == 0, capability=(9, 0)
+        dtypes=frozenset({"bfloat16"}), fits=lambda shape: shape["hidden"] % 16 == 0 and shape["inner"] % 16 == 0,
+        capability=(9, 0), below=(11, 0),
     ),
     "quantize": Rule(dtypes=_HALF | {"float32"}, capability=_E4M3),
 }
@@ -87,7 +92,7 @@ def triton_wanted(operation: str, device: torch.device, dtype: torch.dtype, **sh
         return False
     rule, name = RULES[operation], str(dtype).removeprefix("torch.")
     able = device.type == "cuda" and _importable() and name in rule.dtypes and rule.fits(shape)
-    able = able and _capability(device) >= rule.capability
+    able = able and rule.capability <= _capability(device) < rule.below
     if choice == "triton" and not able:
         raise UsageError(
             f"{VARIABLE}=triton, and {operation} has no kernel for this", expected=f"cuda, {' or '.join(sorted(rule.dtypes))}",

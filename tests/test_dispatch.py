@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxconv import dispatch
-from mxconv.dispatch import RULES, open_device, triton_wanted
+from mxconv.dispatch import RULES, WIDEST_NORM, open_device, triton_wanted
 from mxconv.errors import UsageError
 from mxconv.execute import quantize
 from mxconv.runtime import load
@@ -40,6 +40,8 @@ def test_shapes_that_do_not_fit() -> None:
     assert not triton_wanted("lightning_prefill", CUDA, torch.float32, head_dim=257)
     assert not triton_wanted("moe", CUDA, torch.bfloat16, hidden=6144, inner=1100)
     assert triton_wanted("moe_dense", CUDA, torch.bfloat16, hidden=64, inner=48)
+    assert triton_wanted("residual_norm", CUDA, torch.bfloat16, hidden=WIDEST_NORM)
+    assert not triton_wanted("residual_norm", CUDA, torch.bfloat16, hidden=WIDEST_NORM + 1)
     assert not triton_wanted("moe", CUDA, torch.float32, **FITS), "float32 is the judge's: it computes by the definition"
 
 
@@ -48,6 +50,16 @@ def test_older_gpus_have_no_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_wanted("lightning_prefill", CUDA, torch.bfloat16, **FITS)
     assert not triton_wanted("moe", CUDA, torch.bfloat16, **FITS)
     assert not triton_wanted("quantize", CUDA, torch.bfloat16, **FITS)
+
+
+@pytest.mark.parametrize(("capability", "there"), [((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+def test_unquantized_experts_where_torch_does_not_ask_the_device(
+    capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its grouped product falls back to a loop over sizes on the host: in fp16, and on GPUs that it has no kernel for."""
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    assert triton_wanted("moe_dense", CUDA, torch.bfloat16, **FITS) is there
+    assert not triton_wanted("moe_dense", CUDA, torch.float16, **FITS)
 
 
 def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 16384
-"""Hidden sizes up to this fit a program's registers."""
-
 
 @triton.jit
 def residual_norm_rows(
@@ -46,7 +43,8 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """(x, h) of residual and update [..., H], contiguous, and weight [H], of one dtype; `factors` are (alpha, beta).
 
-    Without an update x is the residual; without `keep` it is not written, and what is returned for it means nothing.
+    H is at most `dispatch.WIDEST_NORM`. Without an update x is the residual; without `keep` it is not written, and what is returned
+    for it means nothing.
     """
     width = residual.shape[-1]
     residual = residual.contiguous()

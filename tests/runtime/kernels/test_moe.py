@@ -43,6 +43,19 @@ def test_a_layer_interpreted(scheme: Scheme) -> None:
     check_layer(scheme, CPU, torch.float32, tokens=5, hidden=256, intermediate=256, experts=3, per_token=2, bar=5e-3)
 
 
+@interpreted
+@pytest.mark.parametrize("name", EACH_LOOP)
+def test_a_layer_in_fp16_interpreted(name: str) -> None:
+    check_layer(SCHEMES[name], CPU, torch.float16, tokens=5, hidden=256, intermediate=256, experts=3, per_token=2, bar=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "tokens"), [*((name, 7) for name in EACH_LOOP), ("w4afp8", 333), ("block_wise_fp8", 333)])
+def test_a_layer_in_fp16(name: str, tokens: int) -> None:
+    # Outputs reach 60 here. The bar is bf16's: what differs most are hidden codes that round the other way.
+    check_layer(SCHEMES[name], CUDA, torch.float16, tokens, hidden=768, intermediate=512, experts=8, per_token=2, bar=1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("scheme", "tokens"), [(s, 40) for s in VARIANTS] + [(SCHEMES[n], t) for n in EACH_LOOP for t in (1, 7, 333)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxconv.runtime.kernels.residual_norm import WIDEST, residual_norm
+from mxconv.dispatch import WIDEST_NORM
+from mxconv.runtime.kernels.residual_norm import residual_norm
 from mxconv.runtime.norm import add_rms_norm, rms_norm
 from tests.interpreted import interpreted, under_interpreter
 
@@ -43,7 +44,7 @@ def test_against_the_twin(rows: int, width: int, factors: tuple[float, float]) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [6144, 200, WIDEST])
+@pytest.mark.parametrize("width", [6144, 200, WIDEST_NORM])
 def test_on_a_gpu(width: int) -> None:
     for rows, factors, dtype in ((1, (3.5565588200778455, 1.0), torch.bfloat16), (2050, (0.5, 1.5), torch.bfloat16)):
         check(rows, width, factors, dtype, "cuda")
