@@ -94,7 +94,7 @@ class FeedForward:
         return self.router is None or self.packed is not None
 
     def __call__(self, h: Tensor, mask: Tensor | None, activations: Activations, observer: Observer | None) -> Tensor:
-        """[B, T, H] → [B, T, H]; `mask` bool [B, T] leaves padded tokens at 0."""
+        """[B, T, H] → [B, T, H]. Where `mask` bool [B, T] is false tokens are padding: what the result has there means nothing."""
         if self.packed is not None and observer is None and (activations == "quantized" or not self._rounds):
             return self._by_kernel(h, mask)
         tokens = h.flatten(0, 1) if mask is None else h[mask]
