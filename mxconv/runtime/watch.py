@@ -80,9 +80,8 @@ def of_this_run(store: Store) -> Store:
 
 
 def report(store: Store, failure: Failure) -> None:
-    """Make `failure` known, unless there is one already."""
-    if store.add("failures", 1) == 1:
-        store.set("failed", pickle.dumps(failure))  # type: ignore[arg-type]  # it takes bytes too
+    """Make `failure` known, unless there is one already: in one request, so that a process killed here keeps nobody from it."""
+    store.compare_set("failed", "", pickle.dumps(failure))  # type: ignore[arg-type]  # it takes bytes too
 
 
 def known_failure(store: Store) -> Failure | None:
