@@ -41,7 +41,7 @@ from mxconv.quantize.schemes import SCHEMES
 from mxconv.runtime import Model, open_weights
 from mxconv.runtime.batch import make_batch
 from mxconv.runtime.parallel import Group
-from mxconv.runtime.processes import Processes, device_of, joined
+from mxconv.runtime.processes import Processes, joined
 from mxconv.runtime.slots import Prompt, Slots, Step
 from mxconv.runtime.watch import open_store
 
@@ -179,13 +179,12 @@ def member(pipe: Connection, environment: Mapping[str, str], options: argparse.N
         rank=int(environment["RANK"]), size=int(environment["WORLD_SIZE"]), local_rank=int(environment["LOCAL_RANK"]),
         address=environment["MASTER_ADDR"], port=int(environment["MASTER_PORT"]), agent_store=True,
     )  # fmt: skip
-    device = device_of(place, options.device)
 
     def speak(error: MxconvError, trace: str) -> None:
         pipe.send(f"{error}\n{trace}")
 
-    with joined(place, device, speak, lambda: None) as world:
-        found = {"layer": layer, "load": load}[options.part](world, options, torch.device(device))
+    with joined(place, options.device, speak, lambda: None) as world:
+        found = {"layer": layer, "load": load}[options.part](world, options, torch.device(world.device))
     pipe.send(found)
 
 

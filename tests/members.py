@@ -49,14 +49,14 @@ def _member(folder: str) -> None:
     import torch
 
     from mxconv.membership import read_membership
-    from mxconv.runtime.processes import device_of, joined
+    from mxconv.runtime.processes import joined
 
     torch.set_num_threads(1)
     module, name, arguments, device = pickle.loads(Path(folder, "job").read_bytes())
     function = getattr(importlib.import_module(module), name)
     place = read_membership(os.environ)
     assert place is not None
-    with joined(place, device_of(place, device), _speak, lambda: None) as world:
+    with joined(place, device, _speak, lambda: None) as world:
         found = function(world, *arguments)
     Path(folder, str(place.rank)).write_bytes(pickle.dumps(found))
 

@@ -40,7 +40,7 @@ def together(place: Membership | None, device: str, console: Console) -> Iterato
 
         yield ALONE, device
         return
-    from mxconv.runtime.processes import device_of, joined
+    from mxconv.runtime.processes import joined
 
     loud = os.dup(2)
 
@@ -61,9 +61,8 @@ def together(place: Membership | None, device: str, console: Console) -> Iterato
         teller.error(error)
 
     try:
-        own = device_of(place, device)
-        with joined(place, own, speak, quiet) as world:
-            yield world, own
+        with joined(place, device, speak, quiet) as world:
+            yield world, world.device
     finally:
         os.close(loud)
 

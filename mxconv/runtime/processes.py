@@ -42,13 +42,17 @@ T = TypeVar("T")
 
 
 class Processes:
-    """See `World`. `data` is the group that moves tensors of the model, None for gloo's own."""
+    """See `World`: the processes of gloo's default group."""
 
-    def __init__(self, place: Membership, store: Store, data: dist.ProcessGroup | None) -> None:
+    def __init__(self, place: Membership, store: Store, device: str) -> None:
         self.rank, self.size = place.rank, place.size
-        self._store, self._data = store, data
+        self._store = store
         self._rounds = 0
         self._agreed: MxconvError | None = None
+        self.device = everywhere(self, lambda: device_of(place, device))
+        """This process's own, where `device` is what all of them were given."""
+        self._data = _nccl(self.device) if self.device.startswith("cuda") else None
+        """The group that moves tensors of the model, None for gloo's own."""
 
     def group(self, ranks: int) -> Group:
         """See `World.group`; what fails while one rank computes its part is raised in all."""
@@ -132,7 +136,7 @@ def device_of(place: Membership, device: str) -> str:
 
 @contextmanager
 def joined(place: Membership, device: str, speak: Speak, quiet: Callable[[], None]) -> Iterator[Processes]:
-    """Be one of the processes of `place`, computing on `device`; all of them leave together.
+    """Be one of the processes of `place`, each computing on its own part of `device` (`cuda`: a GPU each); all leave together.
 
     `speak` tells the user what failed, wherever it failed; only the process whose turn it is calls it. `quiet` silences a
     process that has others to speak for it, once they can. Raises ResourceError when the others cannot be met.
@@ -144,7 +148,10 @@ def joined(place: Membership, device: str, speak: Speak, quiet: Callable[[], Non
         quiet()
     watch.start()
     try:
-        yield Processes(place, PrefixStore("world", store), _connect(place, store, device))
+        dist.init_process_group(
+            "gloo", store=PrefixStore("gloo", store), rank=place.rank, world_size=place.size, timeout=timedelta(hours=GROUP_HOURS)
+        )
+        yield Processes(place, PrefixStore("world", store), device)
         dist.barrier()
         _leave(place, store, watch)
     except BaseException as error:
@@ -183,13 +190,8 @@ def _await_keeper(place: Membership, deadline: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _connect(place: Membership, store: Store, device: str) -> dist.ProcessGroup | None:
-    """The default group (gloo), and NCCL's beside it for a GPU."""
-    dist.init_process_group(
-        "gloo", store=PrefixStore("gloo", store), rank=place.rank, world_size=place.size, timeout=timedelta(hours=GROUP_HOURS)
-    )
-    if not device.startswith("cuda"):
-        return None
+def _nccl(device: str) -> dist.ProcessGroup:
+    """NCCL's group, beside the default one."""
     # Multicast over NVLink hangs on some machines, and the all-reduces here are not what a verification waits for.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.cuda.set_device(torch.device(device))
@@ -224,10 +226,13 @@ def _fail(place: Membership, watch: Watch, error: BaseException) -> int:
     watch.ending = True
     code, own = _as_error(error)
     trace = "" if code != EXIT_BUG else "".join(traceback.format_exception(error))
-    report(watch.store, Failure(rank=place.rank, speaker=0, error=own, trace=trace))
-    if not place.follower or not watch.await_told():
-        watch.speak(own, trace)
-        watch.store.set("told", "1")
+    try:
+        report(watch.store, Failure(rank=place.rank, speaker=0, error=own, trace=trace))
+        if not place.follower or not watch.await_told():
+            watch.say(own, trace)
+    except dist.DistError:  # rank 0 kept the store, failed too, and has spoken
+        if not place.follower:
+            raise
     sys.stdout.flush()
     return code
 

@@ -138,6 +138,7 @@ class Watch:
         self._stopped = threading.Event()
         self._signals, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signalled: tuple[int, float] | None = None
+        self._saying, self._said = threading.Lock(), False
         self._busy = time.monotonic(), 0.0, 0
         self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="mxconv watch", daemon=True)
@@ -190,13 +191,20 @@ class Watch:
         if failure.speaker == self.place.rank:
             if failure.rank == self.place.rank and self.ending:
                 return  # the main thread says it itself
-            self.speak(failure.error, failure.trace)
-            self.store.set("told", "1")
+            self.say(failure.error, failure.trace)
         elif self.ending:
             return
         elif failure.speaker != LAUNCHER:  # which speaks when all have ended
             self.await_told()
         self.leave(failure.code)
+
+    def say(self, error: MxconvError, trace: str) -> None:
+        """Tell the user, once: two may fail, and the main thread and this one both come here."""
+        with self._saying:
+            if not self._said:
+                self._said = True
+                self.speak(error, trace)
+                self.store.set("told", "1")
 
     def await_told(self) -> bool:
         """Wait until what failed has been said, a few seconds at most."""

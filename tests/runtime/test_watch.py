@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from mxconv.errors import MxconvError, ResourceError
-from mxconv.runtime.watch import Failure, known_failure, of_this_run, open_store, report, told
+from mxconv.membership import Membership
+from mxconv.runtime.watch import Failure, Watch, known_failure, of_this_run, open_store, report, told
 
 
 def failure(rank: int) -> Failure:
@@ -80,3 +82,23 @@ def test_who_is_killed_while_reporting_keeps_nobody_from_it(requests: int) -> No
     report(store, failure(2))
     found = known_failure(store)
     assert found is not None and found.rank == (1 if requests else 2)
+
+
+def test_one_process_says_one_thing() -> None:
+    """The main thread and the watch's own may come to it together: this one failed, and it speaks for another."""
+    store, port = open_store()
+    said: list[str] = []
+
+    def speak(error: MxconvError, trace: str) -> None:
+        said.append(error.what)
+        time.sleep(0.05)
+
+    place = Membership(rank=0, size=2, local_rank=0, address="127.0.0.1", port=port, agent_store=True)
+    watch = Watch(store, place, speak, leave=lambda code: None)
+    threads = [threading.Thread(target=watch.say, args=(failure(rank).error, "")) for rank in range(2)]
+    threads.append(threading.Thread(target=watch._follow, args=(failure(1),)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 1 and told(store)

@@ -261,6 +261,11 @@ def test_requests_that_do_not_fit(command: Command) -> None:
         [*call, "--processes", "3"], env=environment, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
     )
     assert run.returncode == 2 and run.stderr.count("error:") == 1 and "over 3 processes" in run.stderr and run.stdout == ""
+    run = subprocess.run(
+        [*call, "--processes", "2", "--device", "cuda"], env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+        text=True, timeout=HANGS_SECONDS, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2 and run.stderr.count("error:") == 1 and "fewer GPUs than processes" in run.stderr, run.stderr
     member = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     run = subprocess.run(
         [*call, "--processes", "2"], env=environment | member, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
