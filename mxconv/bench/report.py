@@ -116,11 +116,11 @@ def synthetic_model(shape: SyntheticShape, scheme: Scheme | None, device: torch.
 
 
 def fastest_encoder(device: torch.device) -> Encode:
-    """The quantizer's kernels where there are any; the reference gives the same bits."""
-    if not triton_wanted("quantize", device, torch.bfloat16):
-        return encode_by_reference
+    """The quantizer's kernels where there are any, asked for with the first weight; the reference gives the same bits."""
 
     def encode(scheme: Scheme, projection: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not triton_wanted("quantize", device, weight.dtype):
+            return encode_by_reference(scheme, projection, weight)
         from mxconv.quantize.gpu import GpuEncoder
 
         n, k = weight.shape

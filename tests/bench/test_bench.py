@@ -13,9 +13,11 @@ from click.testing import CliRunner
 from mxconv.bench.ceilings import Ceilings, seconds_of
 from mxconv.bench.costs import Cut
 from mxconv.bench.random_weights import OneRank, RandomWeights
+from mxconv.bench.report import fastest_encoder
 from mxconv.bench.shapes import SHAPES, SyntheticShape, synthetic_config
 from mxconv.cli import cli
 from mxconv.config import LINEAR
+from mxconv.errors import UsageError
 from mxconv.quantize.schemes import SCHEMES
 from mxconv.runtime.model import Model
 from tests.runtime.helpers import error
@@ -131,6 +133,18 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_quantizer() -> None:
     rows = bench("quantize", "--scheme", "w4afp8")["measured"]
     assert [row["name"].split()[1] for row in rows] == ["up_gate_proj", "down_proj"]
+
+
+def test_nothing_is_quantized_without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the quantizer's kernels are not insisted on either."""
+    monkeypatch.setenv("MXCONV_KERNELS", "triton")
+    config = synthetic_config(TINY)
+    plain = RandomWeights(config, tp=2, scheme=None, device=CPU, encode=fastest_encoder(CPU))
+    assert plain.coded(0, "experts.1.down", 0) is None and plain.dense(0, "experts.1.down", 0).any()
+    scheme = SCHEMES["w4a8"]
+    coded = RandomWeights(config, tp=2, scheme=scheme, device=CPU, encode=fastest_encoder(CPU))
+    with pytest.raises(UsageError, match="quantize has no kernel"):
+        coded.coded(0, "experts.1.down", 0)
 
 
 @pytest.mark.parametrize(
