@@ -48,15 +48,18 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The ceilings for work in `dtype`, and in e4m3 where the device multiplies it."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, products: bool = True) -> Ceilings:
+    """The ceilings for work in `dtype`, and in e4m3 where the device multiplies it; without `products` a copy's alone."""
+    if not products:
+        return Ceilings(copy=copy_rate(device), matmul={})
     matmul = {str(dtype).removeprefix("torch."): _matmul_rate(device, dtype)}
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         matmul["float8_e4m3fn"] = _matmul_rate(device, FP8)
-    return Ceilings(copy=_copy_rate(device), matmul=matmul)
+    return Ceilings(copy=copy_rate(device), matmul=matmul)
 
 
-def _copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read plus written, of a copy too large for caches."""
     source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)

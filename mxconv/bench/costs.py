@@ -7,9 +7,13 @@ once; keys and values are read once; hidden states, which stay in caches at thes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mxconv.config import LINEAR, ModelConfig
 from mxconv.quantize.schemes import Scheme
+
+if TYPE_CHECKING:
+    from mxconv.runtime.model import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,11 @@ class Cut:
     tp: int
     item_bytes: int
     scheme: Scheme | None
+
+    @classmethod
+    def of(cls, model: Model) -> Cut:
+        """What one rank of `model` holds."""
+        return cls(config=model.config, tp=model.tp, item_bytes=model.dtype.itemsize, scheme=model.weights.scheme)
 
     @property
     def expert_bits(self) -> float:
@@ -71,14 +80,19 @@ class Cut:
             return 4.0 * tokens * heads * c.head_dim**2
         return 2.0 * tokens**2 * heads * c.head_dim
 
-    def step_bytes(self, slots: int, context: int) -> float:
-        """Bytes of one decoding step of the whole model."""
+    def weights_bytes(self, tokens: int) -> float:
+        """Bytes of the weights of the whole model that `tokens` tokens touch."""
         c = self.config
         total = float(self.head_weights * self.item_bytes)
         for layer in range(c.num_layers):
             total += self.attention_weights(layer) * self.item_bytes + 4 * c.num_experts * c.hidden_size
-            total += self.experts_bytes(slots) + self.past_bytes(layer, slots, context)
+            total += self.experts_bytes(tokens)
         return total
+
+    def step_bytes(self, slots: int, context: int) -> float:
+        """Bytes of one decoding step of the whole model."""
+        past = sum(self.past_bytes(layer, slots, context) for layer in range(self.config.num_layers))
+        return self.weights_bytes(slots) + past
 
     def prompt_operations(self, tokens: int) -> tuple[float, float]:
         """(operations in the model's dtype, operations of the experts) of a prompt of `tokens`, logits of its last token alone."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ class Options:
     tp: int | None
     device: torch.device
     dtype: torch.dtype
+    """Of a model's activations and dense weights, and of the weights that are quantized."""
     slots: int
     context: int
     steps: int
@@ -39,13 +41,25 @@ class Options:
 
 
 def run(options: Options, console: Console) -> None:
-    """Measure and print. Raises UsageError for an unknown shape or scheme, and what loading raises."""
+    """Measure and print. Raises UsageError for an unknown shape or scheme, and what loading raises, before anything is measured."""
     if options.shape not in SHAPES:
         raise UsageError(f"unknown shape {options.shape!r}", expected=" or ".join(SHAPES))
-    ceilings = measure_ceilings(options.device, options.dtype)
+    scheme = get_scheme(options.scheme, group_size=options.group_size) if options.scheme else None
+    if options.what == "quantize":
+        _tell(options, partial(_quantize, options, [scheme] if scheme else list(SCHEMES.values())), console)
+        return
+    model = open_model(options, scheme)
+    try:
+        _tell(options, partial(_model, options, model), console)
+    finally:
+        model.close()
+
+
+def _tell(options: Options, measure: Callable[[Ceilings], Iterable[runs.Measured]], console: Console) -> None:
+    ceilings = measure_ceilings(options.device, options.dtype, products=options.what != "quantize")
     console.note(f"{device_name(options.device)}, torch {torch.__version__}: {described(ceilings)}")
     measured = []
-    for each in _measured(options, ceilings):
+    for each in measure(ceilings):
         console.detail(f"{each.name}: {each.seconds * 1e3:.3f} ms")
         measured.append(each)
     console.table(None, ["", "ms", "tokens/s", "GB/s", "TFLOP/s", "of ceiling"], [_row(each) for each in measured])
@@ -65,8 +79,8 @@ def device_name(device: torch.device) -> str:
 
 def described(ceilings: Ceilings) -> str:
     """Ceilings in words."""
-    products = ", ".join(f"{name} products {rate / 1e12:.2f} TFLOP/s" for name, rate in ceilings.matmul.items())
-    return f"copy {ceilings.copy / 1e9:,.0f} GB/s, {products}"
+    products = [f"{name} products {rate / 1e12:.2f} TFLOP/s" for name, rate in ceilings.matmul.items()]
+    return ", ".join([f"copy {ceilings.copy / 1e9:,.0f} GB/s", *products])
 
 
 def _row(each: runs.Measured) -> list[str]:
@@ -77,36 +91,28 @@ def _row(each: runs.Measured) -> list[str]:
     ]  # fmt: skip
 
 
-def _measured(options: Options, ceilings: Ceilings) -> Iterator[runs.Measured]:
-    if options.what == "quantize":
-        shape = SHAPES[options.shape]
-        for scheme in [_scheme(options)] if options.scheme else SCHEMES.values():
-            size = synthetic_config(shape)
-            inner = size.intermediate_size // shape.tp
-            yield from runs.quantize(scheme, ceilings, device=options.device, out_features=inner, in_features=size.hidden_size)
-        return
-    model = open_model(options)
-    try:
-        if options.what == "decode":
-            yield runs.decode(model, ceilings, slots=options.slots, context=options.context, steps=options.steps)
-        elif options.what == "prefill":
-            yield runs.prefill(model, ceilings, tokens=options.tokens)
-        else:
-            yield from runs.experts(model, ceilings)
-    finally:
-        model.close()
+def _quantize(options: Options, schemes: Sequence[Scheme], ceilings: Ceilings) -> Iterator[runs.Measured]:
+    shape = SHAPES[options.shape]
+    size = synthetic_config(shape)
+    inner = size.intermediate_size // shape.tp
+    for scheme in schemes:
+        yield from runs.quantize(scheme, ceilings, device=options.device, out_features=inner, in_features=size.hidden_size)
 
 
-def _scheme(options: Options) -> Scheme:
-    return get_scheme(options.scheme or "", group_size=options.group_size)
+def _model(options: Options, model: Model, ceilings: Ceilings) -> Iterator[runs.Measured]:
+    if options.what == "decode":
+        yield runs.decode(model, ceilings, slots=options.slots, context=options.context, steps=options.steps)
+    elif options.what == "prefill":
+        yield runs.prefill(model, ceilings, tokens=options.tokens)
+    else:
+        yield from runs.experts(model, ceilings)
 
 
-def open_model(options: Options) -> Model:
+def open_model(options: Options, scheme: Scheme | None) -> Model:
     """The model in the folder, or a synthetic one."""
     if options.folder is not None:
         return load(options.folder, tp=options.tp, device=options.device, dtype=options.dtype)
-    shape = SHAPES[options.shape]
-    return synthetic_model(shape, _scheme(options) if options.scheme else None, options.device, options.dtype)
+    return synthetic_model(SHAPES[options.shape], scheme, options.device, options.dtype)
 
 
 def synthetic_model(shape: SyntheticShape, scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> Model:

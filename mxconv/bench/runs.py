@@ -46,12 +46,6 @@ class Measured:
         return {**asdict(self), **rates}
 
 
-def cut_of(model: Model) -> Cut:
-    """What one rank of `model` holds."""
-    item_bytes = torch.empty(0, dtype=model.dtype).element_size()
-    return Cut(config=model.config, tp=model.tp, item_bytes=item_bytes, scheme=model.weights.scheme)
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -88,8 +82,7 @@ def decode(model: Model, ceilings: Ceilings, *, slots: int, context: int, steps:
                 decoder.step()
 
         seconds = seconds_of(run, model.device, repeats=repeats) / steps
-    cut = cut_of(model)
-    moved = len(model.group.ranks) * cut.step_bytes(slots, context)
+    moved = len(model.group.ranks) * Cut.of(model).step_bytes(slots, context)
     return Measured(
         name=f"decode, {slots} slots at {context}", seconds=seconds, tokens=slots, moved_bytes=moved, operations=0.0,
         of_ceiling=ceilings.floor(moved, {}) / seconds, detail={"slots": slots, "context": context, "graphs": decoder.graphs},
@@ -102,18 +95,19 @@ def prefill(model: Model, ceilings: Ceilings, *, tokens: int, repeats: int = 3) 
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=random).tolist()
     seconds = seconds_of(lambda: decoder.start(0, ids), model.device, repeats=repeats)
-    ranks = len(model.group.ranks)
-    dense, experts = (ranks * number for number in cut_of(model).prompt_operations(tokens))
+    cut, ranks = Cut.of(model), len(model.group.ranks)
+    dense, experts = (ranks * number for number in cut.prompt_operations(tokens))
+    moved = ranks * cut.weights_bytes(tokens)
     by_dtype = operations_by_dtype(model, ceilings, dense, experts)
     return Measured(
-        name=f"prefill, {tokens} tokens", seconds=seconds, tokens=tokens, moved_bytes=0.0, operations=dense + experts,
-        of_ceiling=ceilings.floor(0.0, by_dtype) / seconds,
+        name=f"prefill, {tokens} tokens", seconds=seconds, tokens=tokens, moved_bytes=moved, operations=dense + experts,
+        of_ceiling=ceilings.floor(moved, by_dtype) / seconds,
     )  # fmt: skip
 
 
 def experts(model: Model, ceilings: Ceilings, *, layer: int = 0) -> Iterator[Measured]:
     """The routed experts of one layer, router and sum included, for several numbers of tokens."""
-    cut, ranks = cut_of(model), len(model.group.ranks)
+    cut, ranks = Cut.of(model), len(model.group.ranks)
     random = torch.Generator(model.device).manual_seed(0)
     with model.layer(layer) as decoder_layer, torch.inference_mode():
         for tokens in EXPERT_TOKENS:

@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from mxconv.bench.ceilings import Ceilings, seconds_of
 from mxconv.bench.costs import Cut
 from mxconv.bench.random_weights import OneRank, RandomWeights
-from mxconv.bench.report import fastest_encoder
+from mxconv.bench.report import Options, fastest_encoder
 from mxconv.bench.shapes import SHAPES, SyntheticShape, synthetic_config
 from mxconv.cli import cli
 from mxconv.config import LINEAR
 from mxconv.errors import UsageError
 from mxconv.quantize.schemes import SCHEMES
-from mxconv.runtime.model import Model
+from mxconv.runtime.model import Model, load
 from tests.runtime.helpers import error
 from tests.synthetic import make_checkpoint, random_ids
 
@@ -112,6 +112,12 @@ def test_a_folder(tmp_path: Path) -> None:
     assert row["tokens"] == 3 and row["detail"]["context"] == 10
     (row,) = bench("prefill", folder, "--tokens", "33")["measured"]
     assert row["tokens"] == 33 and row["operations"] > 0
+    # Each weight once: those of attention, routers, the experts that 33 tokens touch, and the head.
+    model = load(folder)
+    names = [(layer, name) for layer in range(3) for name in model.weights.names(layer) if "norm" not in name]
+    whole = 4 * sum(model.weights.dense(layer, name, 0).numel() for layer, name in names) + 4 * 128 * 64
+    assert 0.98 * whole < row["moved_bytes"] <= whole
+    assert row["bytes_per_second"] == pytest.approx(row["moved_bytes"] / row["seconds"])
     assert [row["tokens"] for row in bench("moe", folder)["measured"]] == [1, 16]
 
 
@@ -131,8 +137,32 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_quantizer() -> None:
-    rows = bench("quantize", "--scheme", "w4afp8")["measured"]
-    assert [row["name"].split()[1] for row in rows] == ["up_gate_proj", "down_proj"]
+    document = bench("quantize", "--scheme", "w4afp8", "--group-size", "256")
+    assert [row["name"].split()[1] for row in document["measured"]] == ["up_gate_proj", "down_proj"]
+    n, k = 2 * 1024, 512
+    assert document["measured"][0]["moved_bytes"] == n * k * (2 + 0.5 + 4 / 256) and document["dtype"] == "bfloat16"
+    assert document["ceilings"]["operations_per_second"] == {}, "nothing is multiplied"
+
+
+def test_one_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxconv.bench.report.SHAPES", {"tiny": TINY})
+    for scheme in ((), ("--scheme", "w4afp8")):
+        (row,) = bench("decode", "--shape", "tiny", *scheme, "--slots", "2", "--context", "10", "--steps", "2")["measured"]
+        assert row["tokens"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [(), ("--scheme", "w4a8")])
+def test_one_of_two_ranks_on_a_gpu(scheme: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step is captured, which forbids to ask for the other ranks' part of anything; a prompt and experts alone run too."""
+    monkeypatch.setattr("mxconv.bench.report.SHAPES", {"tiny": TINY})
+    monkeypatch.setattr("mxconv.bench.ceilings.COPY_BYTES", {"cuda": 64 << 20})
+    monkeypatch.setattr("mxconv.bench.ceilings.MATMUL_SIZE", {"cuda": 1024})
+    tiny = ("--shape", "tiny", "--device", "cuda", *scheme)
+    (row,) = bench("decode", *tiny, "--slots", "3", "--context", "300", "--steps", "4")["measured"]
+    assert row["detail"]["graphs"] and row["tokens"] == 3
+    bench("prefill", *tiny, "--tokens", "70")
+    assert len(bench("moe", *tiny)["measured"]) == 2
 
 
 def test_nothing_is_quantized_without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +182,64 @@ def test_nothing_is_quantized_without_a_scheme(monkeypatch: pytest.MonkeyPatch) 
     [
         (["decode", "--device", "cuda"], 2), (["decode", "--shape", "huge"], 2), (["decode", "--scheme", "w1"], 2),
         (["decode", "{folder}", "--shape", "small"], 2), (["decode", "{folder}", "--scheme", "w4a8"], 2), (["dance"], 2),
-        (["prefill", "{folder}/nothing"], 4),
+        (["prefill", "{folder}/nothing"], 4), (["decode", "--scheme", "w4a8", "--group-size", "256"], 2),
     ],
 )  # fmt: skip
-def test_refusals(tmp_path: Path, arguments: list[str], code: int) -> None:
+def test_refusals(tmp_path: Path, arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr("mxconv.bench.report.measure_ceilings", lambda *_, **__: pytest.fail("measured"))
     if torch.cuda.is_available() and "cuda" in arguments:
         pytest.skip("there is a CUDA device")
     folder = make_checkpoint(tmp_path)
     result = CliRunner().invoke(cli, ["bench", *(word.format(folder=folder) for word in arguments)])
     assert result.exit_code == code, result.output
+
+
+SAYS_SOMETHING = {
+    "--tp 2": "decode prefill moe of a folder", "--dtype bfloat16": "decode prefill moe", "--slots 2": "decode",
+    "--context 8": "decode", "--steps 2": "decode", "--tokens 9": "prefill", "--shape small": "decode prefill moe quantize of none",
+    "--scheme w4afp8": "decode prefill moe quantize of none",
+    "--scheme w4afp8 --group-size 256": "decode prefill moe quantize of none",
+    "--group-size 256": "", "": "decode prefill moe quantize",
+}  # fmt: skip
+"""What each option is for: of a folder's model, of none, or of both."""
+
+
+@pytest.mark.parametrize("of", ["a folder", "none"])
+@pytest.mark.parametrize("what", ["decode", "prefill", "moe", "quantize"])
+def test_what_is_given_is_honoured_or_refused(
+    tmp_path: Path, what: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Options] = []
+    monkeypatch.setattr("mxconv.bench.report.run", lambda asked, console: seen.append(asked))
+    folder = [str(make_checkpoint(tmp_path))] if of == "a folder" else []
+    for option, subjects in SAYS_SOMETHING.items():
+        seen.clear()
+        result = CliRunner().invoke(cli, ["bench", what, *folder, *option.split()])
+        named = subjects.partition(" of ")
+        fits = what in named[0].split() and named[2] in ("", of) and not (folder and what == "quantize")
+        assert result.exit_code == (0 if fits else 2), (option, result.output)
+        if fits:
+            for word, value in zip(option.split()[::2], option.split()[1::2], strict=True):
+                got = getattr(seen[0], word.removeprefix("--").replace("-", "_"))
+                assert str(got).removeprefix("torch.") == value
+        else:
+            assert "FOLDER" in result.output or option.split()[-2] in result.output, result.output
+            assert "expected" in result.output or "hint" in result.output
+
+
+def test_settings_from_elsewhere_are_no_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for what has a use for them: a scheme and its groups for synthetic weights, ranks for a folder."""
+    seen: list[Options] = []
+    monkeypatch.setattr("mxconv.bench.report.run", lambda asked, console: seen.append(asked))
+    monkeypatch.setenv("MXCONV_SCHEME", "w4afp8")
+    monkeypatch.setenv("MXCONV_TP", "2")
+    folder = str(make_checkpoint(tmp_path))
+    settings = tmp_path / "mxconv.toml"
+    settings.write_text("group_size = 256\n")
+    for arguments in (["decode", folder], ["decode"], ["quantize", "--group-size", "512"]):
+        result = CliRunner().invoke(cli, ["bench", *arguments, "--config", str(settings)])
+        assert result.exit_code == 0, result.output
+    of_folder, synthetic, quantizer = seen
+    assert of_folder.scheme is None and of_folder.tp == 2
+    assert (synthetic.scheme, synthetic.group_size) == ("w4afp8", 256) and quantizer.group_size == 512
