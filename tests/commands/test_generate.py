@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
+import mxconv.runtime
 from mxconv.cli import cli
 from mxconv.runtime import generate, load
 
@@ -21,6 +26,44 @@ def test_dtype(demo: Path, dtype: str) -> None:
     document = json.loads(result.stdout)
     model = load(demo, dtype=getattr(torch, dtype))
     assert document["ids"] == list(generate(model, document["prompt_ids"], max_tokens=6))
+
+
+def run(demo: Path, *more: str) -> Result:
+    result = CliRunner().invoke(cli, ["generate", str(demo), "--prompt", "def f(", *more])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_pace_is_that_of_the_steps(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the prompt nor what the first step compiles is in it."""
+
+    def slowly(*_: object, **__: object) -> Iterator[int]:
+        for token in range(20):
+            time.sleep((0.5, 1.0, 0.005)[min(token, 2)])
+            yield token
+
+    monkeypatch.setattr(mxconv.runtime, "generate", slowly)
+    document = json.loads(run(demo, "--json").stdout)
+    assert 0.5 <= document["first_token_seconds"] < document["seconds"] - 1.0
+    assert 20 < document["tokens_per_second"] <= 200  # all in all it is 12
+    # Weights in float32, two of the demo's experts a layer, and a little past.
+    moved = document["bytes_per_second"] / document["tokens_per_second"]
+    whole = sum(tensor.numel() * 4 for file in demo.glob("*.safetensors") for tensor in load_file(file).values())
+    assert 0.05 * whole < moved < whole
+    assert "of_copy" not in document
+
+
+def test_what_is_said_of_the_pace(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxconv.bench.ceilings.COPY_BYTES", {"cpu": 8 << 20})
+    pace = r"note: 9 tokens after \d+: the first in \d+\.\d s, then [\d,]+ tokens/s, [\d,]+\.\d GB/s\n"
+    plain = run(demo, "--max-tokens", "9").stderr
+    assert re.search(pace, plain) and "copy" not in plain
+    assert re.search(pace + r"\d+\.\d\d of a copy's [\d,]+ GB/s", run(demo, "--max-tokens", "9", "-v").stderr)
+    for few, words in (("0", r"note: 0 tokens after \d+\n"), ("2", r"note: 2 tokens after \d+: the first in \d\.\d s\n")):
+        assert re.search(words, run(demo, "--max-tokens", few).stderr)
+    document = json.loads(run(demo, "--max-tokens", "9", "-v", "--json").stdout)
+    assert document["of_copy"] == pytest.approx(document["bytes_per_second"] / document["copy_bytes_per_second"])
+    assert json.loads(run(demo, "--max-tokens", "0", "--json").stdout)["first_token_seconds"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
