@@ -59,9 +59,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, products: bool
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a copy too large for caches."""
-    source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.int32, device=device).random_()
-    target = torch.empty_like(source)
+    """Bytes a second, read plus written, of a copy too large for caches. Raises MemoryError where it finds no place."""
+    try:
+        source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.int32, device=device).random_()
+        target = torch.empty_like(source)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from None
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
 
 

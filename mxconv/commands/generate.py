@@ -112,7 +112,7 @@ class Pace:
     def tell(self, model: Model, console: Console) -> dict[str, float | None]:
         """Say it in a note, and give it for JSON; seconds, tokens and bytes a second."""
         first = self.came[0] - self.began if self.came else None
-        words = f"{len(self.came)} tokens after {self.prompt_tokens}" + ("" if first is None else f": the first in {first:.1f} s")
+        words = f"{len(self.came)} tokens after {self.prompt_tokens}" + ("" if first is None else f": the first in {first:.2f} s")
         rates: dict[str, float | None] = {"first_token_seconds": first, "tokens_per_second": None, "bytes_per_second": None}
         step = self.step_seconds
         if not step:
@@ -126,7 +126,11 @@ class Pace:
         console.note(f"{words}, then {1 / step:,.0f} tokens/s, {moved / 1e9:,.1f} GB/s")
         rates |= {"tokens_per_second": 1 / step, "bytes_per_second": moved}
         if console.verbose:
-            copy = copy_rate(model.device)
+            try:
+                copy = copy_rate(model.device)
+            except MemoryError:
+                console.detail("there is no memory left to measure a copy with")
+                return rates
             console.detail(f"{moved / copy:.2f} of a copy's {copy / 1e9:,.0f} GB/s")
             rates |= {"copy_bytes_per_second": copy, "of_copy": moved / copy}
         return rates

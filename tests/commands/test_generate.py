@@ -55,15 +55,26 @@ def test_the_pace_is_that_of_the_steps(demo: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_is_said_of_the_pace(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mxconv.bench.ceilings.COPY_BYTES", {"cpu": 8 << 20})
-    pace = r"note: 9 tokens after \d+: the first in \d+\.\d s, then [\d,]+ tokens/s, [\d,]+\.\d GB/s\n"
+    pace = r"note: 9 tokens after \d+: the first in \d+\.\d\d s, then [\d,]+ tokens/s, [\d,]+\.\d GB/s\n"
     plain = run(demo, "--max-tokens", "9").stderr
     assert re.search(pace, plain) and "copy" not in plain
     assert re.search(pace + r"\d+\.\d\d of a copy's [\d,]+ GB/s", run(demo, "--max-tokens", "9", "-v").stderr)
-    for few, words in (("0", r"note: 0 tokens after \d+\n"), ("2", r"note: 2 tokens after \d+: the first in \d\.\d s\n")):
+    for few, words in (("0", r"note: 0 tokens after \d+\n"), ("2", r"note: 2 tokens after \d+: the first in \d+\.\d\d s\n")):
         assert re.search(words, run(demo, "--max-tokens", few).stderr)
     document = json.loads(run(demo, "--max-tokens", "9", "-v", "--json").stdout)
     assert document["of_copy"] == pytest.approx(document["bytes_per_second"] / document["copy_bytes_per_second"])
     assert json.loads(run(demo, "--max-tokens", "0", "--json").stdout)["first_token_seconds"] is None
+
+
+def test_a_device_that_the_model_fills(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is there; that a copy cannot be measured beside it is no failure."""
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mxconv.bench.ceilings.torch.empty_like", full)
+    said = run(demo, "--max-tokens", "9", "-v")
+    assert "no memory left to measure" in said.stderr and "tokens/s" in said.stderr and said.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
