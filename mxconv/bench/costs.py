@@ -51,6 +51,10 @@ class Cut:
         """Weights of one expert."""
         return 3 * self.config.hidden_size * self.config.intermediate_size // self.tp
 
+    def shared_weights(self, layer: int) -> int:
+        """Weights of the shared expert of a layer, 0 without one."""
+        return 3 * self.config.hidden_size * self.config.shared_intermediate_sizes[layer] // self.tp
+
     @property
     def head_weights(self) -> int:
         """Weights of the output head."""
@@ -85,8 +89,8 @@ class Cut:
         c = self.config
         total = float(self.head_weights * self.item_bytes)
         for layer in range(c.num_layers):
-            total += self.attention_weights(layer) * self.item_bytes + 4 * c.num_experts * c.hidden_size
-            total += self.experts_bytes(tokens)
+            total += (self.attention_weights(layer) + self.shared_weights(layer)) * self.item_bytes
+            total += self.experts_bytes(tokens) + 4 * c.num_experts * c.hidden_size
         return total
 
     def step_bytes(self, slots: int, context: int) -> float:
@@ -95,8 +99,9 @@ class Cut:
         return self.weights_bytes(slots) + past
 
     def prompt_operations(self, tokens: int) -> tuple[float, float]:
-        """(operations in the model's dtype, operations of the experts) of a prompt of `tokens`, logits of its last token alone."""
+        """(operations in the model's dtype, operations of the routed experts) of a prompt of `tokens`, logits of its last token alone."""
         dense = 2.0 * self.head_weights
         for layer in range(self.config.num_layers):
-            dense += 2.0 * tokens * self.attention_weights(layer) + self.attention_operations(layer, tokens)
+            dense += 2.0 * tokens * (self.attention_weights(layer) + self.shared_weights(layer))
+            dense += self.attention_operations(layer, tokens)
         return dense, self.config.num_layers * self.experts_operations(tokens)

@@ -106,7 +106,7 @@ def prefill(model: Model, ceilings: Ceilings, *, tokens: int, repeats: int = 3) 
 
 
 def experts(model: Model, ceilings: Ceilings, *, layer: int = 0) -> Iterator[Measured]:
-    """The routed experts of one layer, router and sum included, for several numbers of tokens."""
+    """The experts of one layer, router, sum and a shared one included, for several numbers of tokens."""
     cut, ranks = Cut.of(model), len(model.group.ranks)
     random = torch.Generator(model.device).manual_seed(0)
     with model.layer(layer) as decoder_layer, torch.inference_mode():
@@ -114,9 +114,11 @@ def experts(model: Model, ceilings: Ceilings, *, layer: int = 0) -> Iterator[Mea
             h = torch.randn(1, tokens, model.config.hidden_size, generator=random, device=model.device).to(model.dtype)
             run = captured(partial(decoder_layer.feed_forward, h, None, "quantized", None), model)
             seconds = seconds_of(run, model.device, repeats=9, warmups=3)
-            moved = ranks * cut.experts_bytes(tokens)
-            operations = ranks * cut.experts_operations(tokens)
-            floor = ceilings.floor(moved, operations_by_dtype(model, ceilings, 0.0, operations))
+            shared = cut.shared_weights(layer)
+            moved = ranks * (cut.experts_bytes(tokens) + shared * cut.item_bytes)
+            routed, beside = ranks * cut.experts_operations(tokens), ranks * 2.0 * tokens * shared
+            operations = routed + beside
+            floor = ceilings.floor(moved, operations_by_dtype(model, ceilings, beside, routed))
             yield Measured(
                 name=f"experts, {tokens} tokens", seconds=seconds, tokens=tokens, moved_bytes=moved, operations=operations,
                 of_ceiling=floor / seconds,

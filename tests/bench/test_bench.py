@@ -107,7 +107,7 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    folder = str(make_checkpoint(tmp_path))
+    folder = str(make_checkpoint(tmp_path, shared=32))
     (row,) = bench("decode", folder, "--slots", "3", "--context", "10", "--steps", "2")["measured"]
     assert row["tokens"] == 3 and row["detail"]["context"] == 10
     (row,) = bench("prefill", folder, "--tokens", "33")["measured"]
@@ -118,7 +118,11 @@ def test_a_folder(tmp_path: Path) -> None:
     whole = 4 * sum(model.weights.dense(layer, name, 0).numel() for layer, name in names) + 4 * 128 * 64
     assert 0.98 * whole < row["moved_bytes"] <= whole
     assert row["bytes_per_second"] == pytest.approx(row["moved_bytes"] / row["seconds"])
-    assert [row["tokens"] for row in bench("moe", folder)["measured"]] == [1, 16]
+    first, second = bench("moe", folder)["measured"]
+    assert [first["tokens"], second["tokens"]] == [1, 16]
+    shared, expert = 3 * 64 * 32, 3 * 64 * 64
+    assert first["moved_bytes"] == pytest.approx(4 * (shared + 2 * expert))
+    assert first["operations"] == 2 * (shared + 2 * expert)
 
 
 @pytest.mark.gpu
