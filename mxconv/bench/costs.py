@@ -99,7 +99,7 @@ class Cut:
         return self.weights_bytes(slots) + past
 
     def prompt_operations(self, tokens: int) -> tuple[float, float]:
-        """(operations in the model's dtype, operations of the routed experts) of a prompt of `tokens`, logits of its last token alone."""
+        """(operations in the model's dtype, those of routed experts) of a prompt of `tokens`, logits of its last token alone."""
         dense = 2.0 * self.head_weights
         for layer in range(self.config.num_layers):
             dense += 2.0 * tokens * (self.attention_weights(layer) + self.shared_weights(layer))
