@@ -54,7 +54,7 @@ def main() -> None:
     """Print two rankings, in ms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--slots", type=int, default=64)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from mxconv.errors import UsageError
+from mxconv.runtime.kernels.lightning_launches import MOST_ROWS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_ROWS = 65_535
-"""Of a launch's third axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Launches of the lightning prefill kernels: one table, measured and fixed, so that a first call costs one compilation."""
+"""Launches of the lightning prefill kernels: one table, fixed, so that a first call costs one compilation."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Launches:
     hopper: Launch | None = None
 
 
+MOST_ROWS = 65_535
+"""Sequences, or slots, of a call: a launch's third axis."""
 SCORE_REGISTERS = 152
 """Of each thread of the Hopper kernel's warpgroup that makes scores."""
 

@@ -4,7 +4,8 @@ Twin: `mxconv.runtime.lightning.lightning` (formulas there). Where heads × colu
 q, k, v does it. Where they do not (a TP-8 rank has 8 heads) each sequence is cut into segments: a pass over k and v writes what
 each segment leaves behind, and the output pass starts each segment from the decayed sum of those before it.
 
-Accuracy, relative L2 against float64 (q, k, v behind SiLU, as in the model):
+Accuracy, relative L2 against float64 over all heads (q, k, v behind SiLU, as in the model); without the Hopper kernel a head that
+decays within a token has outputs 2.4e-3 off in bf16, by an emulation of its rounding:
 
     outputs     bf16 ≤ 2e-3, of which its own rounding is 1.7e-3; fp16 ≤ 5e-4, its own rounding; float32 ≤ 2e-6
     states      float32 and fp16 ≤ 2e-6; bf16 by the Hopper kernel (head_dim 64 or 128, 64 rows or more) ≤ 1e-4, else ≤ 1.5e-3
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mxconv.errors import UsageError
-from mxconv.runtime.kernels.lightning_launches import LAUNCHES, SCORE_REGISTERS, Launch, Launches
+from mxconv.runtime.kernels.lightning_launches import LAUNCHES, MOST_ROWS, SCORE_REGISTERS, Launch, Launches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -33,8 +34,6 @@ WIDENED = (torch.float16,)
 """Dtypes that are taken as float32 always: states and scores, which are operands too, do not fit their range."""
 LARGEST_COLUMN = 1 << 31
 """Columns of a tensor copy are int32."""
-MOST_SEQUENCES = 65_535
-"""Of a launch's third axis."""
 REACH = {torch.bfloat16: 24.0, torch.float16: 24.0, torch.float32: 40.0}
 """Tokens decayed by more than e^-reach before a segment starts are left out of its state."""
 PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
@@ -102,8 +101,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, cu_seqlens: Tensor |
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device):
         raise UsageError("cu_seqlens must be int32 [S + 1] beside q", got=(cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device))
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    if sequences > MOST_SEQUENCES:
-        raise UsageError("too many sequences for one call", expected=f"at most {MOST_SEQUENCES}", got=sequences)
+    if sequences > MOST_ROWS:
+        raise UsageError("too many sequences for one call", expected=f"at most {MOST_ROWS}", got=sequences)
     return Packed(sequences, tokens, batch * tokens, heads, size)
 
 
@@ -145,6 +144,15 @@ def cut_of(packed: Packed, launches: Launches, device: torch.device) -> Cut:
     return Cut(programs, max(1, fitting(launches.states.columns) // programs) if programs > 1 else 1)
 
 
+def _taken_as_they_are(*rows: Tensor) -> bool:
+    """Whether the kernels take q, k and v in their dtype: two-byte tiles must reach shared memory by copies of 16 bytes."""
+    if rows[0].element_size() != 2:
+        return True
+    strides = (stride for x in rows for stride in _row_strides(x, "q, k and v"))
+    fits = rows[0].dtype not in WIDENED and rows[0].shape[-1] in ALIGNED
+    return fits and not any(x.data_ptr() % 16 for x in rows) and not any(stride % 16 for stride in strides)
+
+
 class _Call:
     """One call: what its two kernels share."""
 
@@ -157,16 +165,10 @@ class _Call:
         self.lengths = rates if cu_seqlens is None else cu_seqlens
         self.counts = rates if mask is None else mask.reshape(packed.sequences, packed.tokens).cumsum(1, dtype=torch.int32)
         self.padded = max(16, 1 << (packed.size - 1).bit_length())
-        self.aligned = q.element_size() != 2 or self._is_aligned()
         self.flags = {
             "VARLEN": cu_seqlens is not None, "MASKED": mask is not None, "PRECISION": PRECISION[q.dtype],
             "D": packed.size, "DP": self.padded,
         }  # fmt: skip
-
-    def _is_aligned(self) -> bool:
-        """Whether two-byte tiles reach shared memory by copies of 16 bytes, which is how triton multiplies them rightly."""
-        sides = zip((self.q, self.k, self.v), self.strides, strict=False)
-        return self.packed.size in ALIGNED and not any(x.data_ptr() % 16 or pair[0] % 16 or pair[1] % 16 for x, pair in sides)
 
     def _grid(self, launch: Launch, segments: int) -> tuple[int, int, int]:
         columns = -(-self.packed.size // min(launch.columns, self.padded))
@@ -272,13 +274,13 @@ def lightning_prefill(
         final = state
     if packed.sequences == 0 or packed.heads == 0:
         return out, final
-    launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
-    given, cut = cut, cut or cut_of(packed, launches, q.device)
-    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, cut)
-    if not call.aligned or q.dtype in WIDENED:
+    if not _taken_as_they_are(q, k, v):
         wide = q.float(), k.float(), v.float()
-        result, final = lightning_prefill(*wide, rates, state, cu_seqlens, slots=slots, mask=mask, cut=given)
+        result, final = lightning_prefill(*wide, rates, state, cu_seqlens, slots=slots, mask=mask, cut=cut)
         return out.copy_(result), final
+    launches = launches or LAUNCHES[max(64, 1 << (packed.size - 1).bit_length()), q.element_size() == 2]
+    cut = cut or cut_of(packed, launches, q.device)
+    call = _Call(packed, q, k, v, out, rates, cu_seqlens, mask, cut)
     if state is not None and slots is not None and cut.programs > 1:
         return out, _beside_the_pool(call, launches, state, slots)
     local_states = call.run_states(launches.states) if cut.programs > 1 else None

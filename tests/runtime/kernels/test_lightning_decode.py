@@ -132,6 +132,7 @@ def test_norm_gate(dtype: torch.dtype, width: int) -> None:
         {"v": torch.zeros(3, 2, 8)}, {"rates": torch.zeros(3)}, {"state": torch.zeros(4, 2, 16, 16, dtype=torch.float64)},
         {"slots": torch.zeros(2)}, {"state": torch.zeros(4, 2, 16, 8)}, {"k": torch.zeros(3, 16, 2).transpose(1, 2)},
         {"state": torch.zeros(4, 2, 300, 300), **{name: torch.zeros(3, 2, 300) for name in "qkv"}},
+        {"slots": torch.zeros(65_536), **{name: torch.zeros(1, 2, 16).expand(65_536, 2, 16) for name in "qkv"}},
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change: dict) -> None:
