@@ -49,17 +49,6 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def split(x, dtype: tl.constexpr):
-    """float32 as two values of a two-byte dtype that sum to it, with twice the bits.
-
-    The first is x rounded, not cut off: else the second had the sign of x, and what the matrix unit truncates of its products
-    would add up over a long sequence (2e-3 of a state in 10⁶ tokens without decay).
-    """
-    upper = rounded(x, dtype)
-    return upper.to(dtype), (x - upper).to(dtype)
-
-
-@triton.jit
 def load_tile(base, stride, rows, columns, real, D: tl.constexpr, DP: tl.constexpr):
     """[rows, columns] of base + row·stride + column as float32; zero where `real` [rows] is false or a column is beyond D."""
     keep = real[:, None] if D == DP else real[:, None] & (columns < D)[None, :]
@@ -141,10 +130,11 @@ def lightning_states(
     k, v, rates, lengths, counts, local_states, reach,
     stride_kt, stride_kh, stride_vt, stride_vh, tokens, heads, segments,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
-    VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Local states of the first segments, as many as the grid has: (column blocks · those, heads, sequences).
 
+    A segment that has decayed beyond `reach` where the next program of the output pass starts is left out: nobody reads it.
     Walks backwards, each token decayed to the segment's end at once: S itself is never scaled, and the output pass, which starts
     at the segment's first token, finds what was read last still in the cache.
     """
@@ -152,14 +142,18 @@ def lightning_states(
     segment, head, sequence = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64), tl.program_id(2)
     d, n, i = tl.arange(0, DP), tl.program_id(0) % blocks * BV + tl.arange(0, BV), tl.arange(0, C)
     s = tl.load(rates + head).to(tl.float32)
-    row, begin, stop, _, _ = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
+    row, begin, stop, length, size = bounds_of(sequence, segment, segments, lengths, tokens, VARLEN)
+    behind = count_before(counts, row, stop, MASKED)
+    reader = tl.minimum((segment // PARTS + 1) * PARTS * size, length)
+    ahead = count_before(counts, row, reader, MASKED) - behind
+    if s * ahead.to(tl.float32) > reach:
+        return
     if not MASKED:
-        halo = tl.minimum(reach / tl.maximum(s, 1e-30), 1e9).to(tl.int32) + 1
+        halo = tl.minimum(reach / tl.maximum(s, 1e-30), 1e9).to(tl.int32) + 1 - ahead
         begin = tl.maximum(begin, begin + (stop - begin - halo) // C * C)
     k += row * stride_kt + head * stride_kh
     v += row * stride_vt + head * stride_vh
     state = tl.zeros((DP, BV), tl.float32)
-    behind = count_before(counts, row, stop, MASKED)
     full = begin if MASKED else begin + (stop - begin) // C * C
     for start in tl.range(full, stop, C, num_stages=1):
         far = tl.cast(start, tl.int64)
@@ -178,12 +172,10 @@ def lightning_states(
         b_k = load_whole_tile(k + far * stride_kt, stride_kt, i, d, D, DP)
         b_v = load_whole_tile(v + far * stride_vt, stride_vt, i, n, D, blocks * BV)
         decayed = b_v * tl.exp(-s * (stop - 1 - full + C + start - i).to(tl.float32))[:, None]
-        if b_v.dtype == tl.float32:
-            state = tl.dot(tl.trans(b_k), decayed, state, input_precision=PRECISION)
-        else:  # two values of the dtype hold twice its bits: this pass waits for memory, not for the second product
-            upper, rest = split(decayed, b_v.dtype)
-            state = tl.dot(tl.trans(b_k), upper, state, input_precision=PRECISION)
-            state = tl.dot(tl.trans(b_k), rest, state, input_precision=PRECISION)
+        upper = decayed if b_v.dtype == tl.float32 else rounded(decayed, b_v.dtype)
+        state = tl.dot(tl.trans(b_k), upper.to(b_v.dtype), state, input_precision=PRECISION)
+        if b_v.dtype != tl.float32 and start == 0:  # the chunk that weighs most: what its rounding left as well
+            state = tl.dot(tl.trans(b_k), (decayed - upper).to(b_v.dtype), state, input_precision=PRECISION)
     place = ((sequence.to(tl.int64) * heads + head) * segments + segment) * D * D
     tl.store(local_states + place + d[:, None] * D + n[None, :], state, mask=(d < D)[:, None] & (n < D)[None, :])
 

@@ -13,8 +13,9 @@ products of 64 rows wait for, are q, k, v and the scores. Three kinds of warps s
         o' is there and decayed      o = o' + vᵀ·scores is issued; the last chunk's o is stored
         all are there                the slot is free
 
-v' and the scores are split into two bf16 values each, and both are multiplied: the matrix unit has the time. So the
-state is as good as float32 makes it, and outputs carry little more than their own rounding.
+Scores and v' are rounded to bf16, as operands are; sums, the state and its decay are float32. Of a chunk's later half, which weighs
+most in the state behind it, v' is split into two bf16 values that are both multiplied. With all of it split states were a hundred
+times as exact, and a prompt took up to a tenth longer: long ones run at the GPU's power limit.
 
 What does not fill a chunk (a sequence's last tokens) is loaded with a mask into the first slot. This file needs triton alone.
 """
@@ -63,7 +64,7 @@ def load_chunks(
 
 @gluon.jit
 def score_chunks(
-    q_s, k_s, v_s, scores_s, rest_s, ready, cooked, scored, free, counts, row, begin, chunks, s,
+    q_s, k_s, v_s, scores_s, ready, cooked, scored, free, counts, row, begin, chunks, s,
     SCORES: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the scores [keys, queries] of chunk after chunk, decayed; before that zeros in the place of padding.
@@ -92,19 +93,28 @@ def score_chunks(
             mbarrier.arrive(cooked.index(slot), count=1)
         zero = gl.zeros((C, C), gl.float32, SCORES)
         scores = warpgroup_mma(b_k, b_q.permute((1, 0)), zero, use_acc=False, is_async=False) * pair
-        upper, rest = split(scores)
         old = chunk - 2
         mbarrier.wait(free.index(gl.maximum(old, 0) % STAGES), (gl.maximum(old, 0) // STAGES) & 1, pred=old >= 0)
-        scores_s.index(chunk & 1).store(upper)
-        rest_s.index(chunk & 1).store(rest)
+        scores_s.index(chunk & 1).store(scores.to(scores_s.dtype))
         fence_async_shared()
         barrier()
         mbarrier.arrive(scored.index(chunk & 1), count=1)
 
 
 @gluon.jit
+def store_chunk(o, o_s, out_rows, row, column):
+    """A chunk's outputs [values, tokens], by way of shared memory when the chunk before has left it."""
+    tma.store_wait(0)
+    barrier()
+    o_s.permute((1, 0)).store(o)
+    fence_async_shared()
+    barrier()
+    copy_out(out_rows, [row, column], o_s)
+
+
+@gluon.jit
 def multiply_chunks(
-    state, q_s, k_s, v_s, scores_s, rest_s, o_s, out_rows, o_column, loaded, scored, free, counts, row, begin, chunks, s,
+    state, q_s, k_s, v_s, scores_s, o_s, out_rows, o_column, loaded, scored, free, counts, row, begin, chunks, s,
     OUT: gl.constexpr, STATE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: outputs of all chunks; the state [values, keys] behind them.
@@ -141,45 +151,32 @@ def multiply_chunks(
         mbarrier.wait(loaded.index(slot), (chunk // STAGES) & 1)
         inter = warpgroup_mma(left, b_q.permute((1, 0)), zero, use_acc=False, is_async=True)
         v_1 = v_s.index(slot).slice(0, HALF, 0).permute((1, 0)).load(LEFT)
-        upper, rest = decayed_values(v_1, early, MOVING)
-        moving = warpgroup_mma(upper, k_1, state + state * lost, is_async=True)
-        moving = warpgroup_mma(rest, k_1, moving, is_async=True)
+        decayed = gl.convert_layout(decayed_values(v_1, early).to(DTYPE), MOVING)
+        moving = warpgroup_mma(decayed, k_1, state + state * lost, is_async=True)
         v_2 = v_s.index(slot).slice(HALF, HALF, 0).permute((1, 0)).load(LEFT)
-        upper, rest = decayed_values(v_2, late, MOVING)
+        upper, rest = split(decayed_values(v_2, late), MOVING)
         moving = warpgroup_mma(upper, k_2, moving, is_async=True)
         moving = warpgroup_mma(rest, k_2, moving, is_async=True)
-        inter = warpgroup_mma_wait(4, (inter,))
+        inter = warpgroup_mma_wait(3, (inter,))
         mbarrier.wait(scored.index(chunk & 1), (chunk // 2) & 1)
-        upper_s, lower_s = scores_s.index(chunk & 1), rest_s.index(chunk & 1)
-        output = warpgroup_mma(v_1, upper_s.slice(0, HALF, 0), inter * across[None, :], is_async=True)
-        output = warpgroup_mma(v_1, lower_s.slice(0, HALF, 0), output, is_async=True)
-        output = warpgroup_mma(v_2, upper_s.slice(HALF, HALF, 0), output, is_async=True)
-        output = warpgroup_mma(v_2, lower_s.slice(HALF, HALF, 0), output, is_async=True)
+        b_s = scores_s.index(chunk & 1)
+        output = warpgroup_mma(v_1, b_s.slice(0, HALF, 0), inter * across[None, :], is_async=True)
+        output = warpgroup_mma(v_2, b_s.slice(HALF, HALF, 0), output, is_async=True)
         if chunk > 0:
-            tma.store_wait(0)
-            barrier()
-            o_s.permute((1, 0)).store(done)
-            fence_async_shared()
-            barrier()
-            copy_out(out_rows, [first_row + (chunk - 1) * C, o_column], o_s)
+            store_chunk(done, o_s, out_rows, first_row + (chunk - 1) * C, o_column)
         state, o = warpgroup_mma_wait(0, (moving, output))
         left, done = gl.convert_layout(state.to(DTYPE), LEFT), o.to(DTYPE)
         barrier()
         mbarrier.arrive(free.index(slot), count=1)
-    tma.store_wait(0)
-    barrier()
     if chunks > 0:
-        o_s.permute((1, 0)).store(done)
-        fence_async_shared()
-        barrier()
-        copy_out(out_rows, [first_row + (chunks - 1) * C, o_column], o_s)
+        store_chunk(done, o_s, out_rows, first_row + (chunks - 1) * C, o_column)
     return (state,)
 
 
 @gluon.jit
 def multiply_rest(
     state, q, k, v, out, stride_qt, stride_kt, stride_vt, stride_ot, q_column, k_column, v_column, o_column,
-    b_q, b_k, b_v, scores_s, rest_s, counts, row, start, stop, s,
+    b_q, b_k, b_v, scores_s, counts, row, start, stop, s,
     OUT: gl.constexpr, STATE: gl.constexpr, MASKED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Outputs of the last tokens, which do not fill a chunk; the state behind them."""
@@ -209,18 +206,15 @@ def multiply_rest(
     key = gl.exp(-s * (m - count_here(counts, row, start, stop, before, m, at, MASKED)).to(gl.float32))
     zero = gl.zeros((C, C), gl.float32, OUT)
     scores = warpgroup_mma(b_k, b_q.permute((1, 0)), zero, use_acc=False, is_async=False) * pair_decay(s, c_j, c_i, j, i)
-    upper, rest = split(scores)
-    scores_s.store(upper)
-    rest_s.store(rest)
+    scores_s.store(scores.to(DTYPE))
     fence_async_shared()
     barrier()
     left, values = gl.convert_layout(state.to(DTYPE), LEFT), b_v.permute((1, 0)).load(LEFT)
     o = warpgroup_mma(left, b_q.permute((1, 0)), gl.zeros((BV, C), gl.float32, OUT), use_acc=False, is_async=False)
-    decayed, rest = decayed_values(values, key, gl.DotOperandLayout(0, STATE, 2))
-    state = warpgroup_mma(decayed, b_k, state + state * expm1_of_nonpositive(-s * m.to(gl.float32)), is_async=False)
+    upper, rest = split(decayed_values(values, key), gl.DotOperandLayout(0, STATE, 2))
+    state = warpgroup_mma(upper, b_k, state + state * expm1_of_nonpositive(-s * m.to(gl.float32)), is_async=False)
     state = warpgroup_mma(rest, b_k, state, is_async=False)
     o = warpgroup_mma(values, scores_s, o * gl.exp(-s * c_i.to(gl.float32))[None, :], is_async=False)
-    o = warpgroup_mma(values, rest_s, o, is_async=False)
     n = gl.arange(0, BV, gl.SliceLayout(1, OUT))
     rows = out + (row + start) * stride_ot + o_column + i[None, :] * stride_ot + n[:, None]
     gl.store(rows, o.to(DTYPE), mask=(start + i < stop)[None, :])
@@ -279,7 +273,6 @@ def hopper_outputs(
     v_s = gl.allocate_shared_memory(DTYPE, [STAGES, C, BV], v_rows.layout)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], DTYPE)
     scores_s = gl.allocate_shared_memory(DTYPE, [2, C, C], SQUARE)
-    rest_s = gl.allocate_shared_memory(DTYPE, [2, C, C], SQUARE)
     o_s = gl.allocate_shared_memory(DTYPE, [C, BV], out_rows.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     cooked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -295,11 +288,11 @@ def hopper_outputs(
     state = gl.warp_specialize(
         [
             (multiply_chunks, (
-                state, q_s, k_s, v_s, scores_s, rest_s, o_s, out_rows, o_column, cooked if MASKED else ready, scored, free, counts,
+                state, q_s, k_s, v_s, scores_s, o_s, out_rows, o_column, cooked if MASKED else ready, scored, free, counts,
                 row, begin, chunks, s, OUT, STATE, C, STAGES, MASKED,
             )),
             (score_chunks, (
-                q_s, k_s, v_s, scores_s, rest_s, ready, cooked, scored, free, counts, row, begin, chunks, s, OUT, C, STAGES, MASKED,
+                q_s, k_s, v_s, scores_s, ready, cooked, scored, free, counts, row, begin, chunks, s, OUT, C, STAGES, MASKED,
             )),
             (load_chunks, (
                 q_rows, k_rows, v_rows, first_row, q_column, k_column, v_column, q_s, k_s, v_s, ready, free, chunks, C, STAGES,
@@ -310,7 +303,7 @@ def hopper_outputs(
     if begin + chunks * C < stop:
         state = multiply_rest(
             state, q, k, v, out, stride_qt, stride_kt, stride_vt, stride_ot, q_column, k_column, v_column, o_column,
-            q_s.index(0), k_s.index(0), v_s.index(0), scores_s.index(0), rest_s.index(0), counts, row, begin + chunks * C, stop, s,
+            q_s.index(0), k_s.index(0), v_s.index(0), scores_s.index(0), counts, row, begin + chunks * C, stop, s,
             OUT, STATE, MASKED, num_warps,
         )  # fmt: skip
     tma.store_wait(0)
