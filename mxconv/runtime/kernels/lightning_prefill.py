@@ -4,13 +4,15 @@ Twin: `mxconv.runtime.lightning.lightning` (formulas there). Where heads × colu
 q, k, v does it. Where they do not (a TP-8 rank has 8 heads) each sequence is cut into segments: a pass over k and v writes what
 each segment leaves behind, and the output pass starts each segment from the decayed sum of those before it.
 
-Accuracy, relative L2 against float64 over all heads (q, k, v behind SiLU, as in the model):
+Accuracy, relative L2 against float64 over all heads of a layer (q, k, v behind SiLU, as in the model):
 
     outputs     bf16 ≤ 2e-3, of which its own rounding is 1.7e-3; fp16 ≤ 5e-4, its own rounding; float32 ≤ 2e-6
     states      float32 and fp16 ≤ 2e-6; bf16 by the Hopper kernel (head_dim 64 or 128, 64 rows or more) ≤ 1e-3, else ≤ 1.5e-3
 
-In bf16 a single head that decays within a token has outputs 2.4e-3 off. The state, decay factors and sums are float32. In 10⁶
-tokens without any decay the matrix unit's truncating sums reach 1e-3.
+In bf16 scores are rounded: a head that decays within a token has outputs 2.4e-3 off, a rank that holds the eight fastest heads
+2.3e-3. What decays by less than a bf16 step stays as it is: by an emulation states of segments that hardly decay may be 1.1e-3 off
+(6.5e-4 measured). The state, decay factors and sums are float32. In 10⁶ tokens without any decay the matrix unit's truncating
+sums reach 1e-3.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ HOPPER = (2.5e-3, 1e-3)
 """Of bf16 by the Hopper kernel, which splits the values that weigh most in a state: emulated, states reach 8.7e-4 behind one chunk,
 and 5.5e-4 behind many."""
 WHOLE = (2e-3, 1e-3)
-"""Of bf16 by the Hopper kernel over all heads of a layer."""
+"""Of bf16 by the Hopper kernel over the heads of a layer, or of most ranks."""
 WIDENED = (5e-4, 4e-6)
 """Of fp16, which is taken as float32."""
 

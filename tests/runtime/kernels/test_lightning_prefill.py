@@ -160,14 +160,17 @@ def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> No
 
 
 @GPU
-@pytest.mark.parametrize(("heads", "layer"), [(slice(None), 40), (slice(24, 32), 40), (slice(24, 32), 79), (slice(0, 8), 0)])
+@pytest.mark.parametrize(("heads", "layer", "bars"), [
+    (slice(None), 0, WHOLE), (slice(None), 40, WHOLE), (slice(24, 32), 40, WHOLE), (slice(24, 32), 79, WHOLE),
+    (slice(0, 8), 0, HOPPER),  # a rank whose heads decay within a few tokens: a rounded score has no others to cancel with
+])  # fmt: skip
 @pytest.mark.parametrize("tokens", [4096, 4097])
-def test_a_layer_of_minimax_m1(heads: slice, layer: int, tokens: int) -> None:
+def test_a_layer_of_minimax_m1(heads: slice, layer: int, bars: tuple[float, float], tokens: int) -> None:
     rates = decay_rates(64, layer, 80)[heads]
     case = draw([tokens], len(rates), 128, torch.bfloat16, "cuda", rates=rates)
     out, states = lightning_prefill(case.q, case.k, case.v, case.rates)
     want, want_states = expected(case, started=False)
-    bars = WHOLE if prefill_module._copies_tiles(case.q.device) else BARS[torch.bfloat16]
+    bars = bars if prefill_module._copies_tiles(case.q.device) else BARS[torch.bfloat16]
     assert error(out, want) <= bars[0] and error(states, want_states) <= bars[1]
 
 
