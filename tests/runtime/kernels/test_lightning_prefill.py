@@ -101,6 +101,31 @@ def test_small_segments_look_back() -> None:
     agrees(case, packed=False, started=False, launches=both(CHUNKY), cut=cut_in(3))
 
 
+@interpreted
+@pytest.mark.parametrize("masked", [False, True])
+def test_small_states_that_nobody_reads_are_left_out(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs of two segments: a head that decays fast needs the last of the first program alone, a slow one both."""
+    case = draw([512], 2, 16, torch.float32, "cpu", rates=[1e-3, 2.0])
+    if masked:
+        case.mask = torch.rand(512, generator=torch.Generator().manual_seed(3)) > 0.3
+    kept = []
+
+    def run_states(call: object, launch: Launch) -> torch.Tensor:
+        kept.append(original(call, launch))
+        return kept[-1]
+
+    original = prefill_module._Call.run_states
+    monkeypatch.setattr(prefill_module._Call, "run_states", run_states)
+    monkeypatch.setattr(torch, "empty", lambda shape, **how: torch.full(shape, torch.nan, **how))
+    mask = None if case.mask is None else case.mask[None]
+    q, k, v = (x[None] for x in (case.q, case.k, case.v))
+    out, states = lightning_prefill(q, k, v, case.rates, mask=mask, launches=both(CHUNKY), cut=Cut(2, 2))
+    monkeypatch.undo()
+    want, want_states = expected(case, started=False)
+    assert error(out[0], want) <= 4e-6 and error(states, want_states) <= 4e-6
+    assert kept[0][0].isnan().all(-1).all(-1).tolist() == [[False, False, True, True], [True, False, True, True]]
+
+
 def backwards(*bounds: int) -> range:
     """The interpreter's grid loops, last program first."""
     return range(*bounds)[::-1] if len(bounds) == 1 else range(*bounds)
