@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import torch
 
 from mxconv.execute import convert, quantize
 from mxconv.quantize.schemes import SCHEMES
+from mxconv.runtime.watch import start_of
 from tests.synthetic import make_checkpoint
+from tests.verify.together import Command
 
 SMALL = {
     "layers": "lsl", "hidden": 128, "intermediate": 256, "heads": 4, "kv_heads": 2, "head_dim": 32, "rotary_dim": 16, "seed": 11,
@@ -33,18 +37,39 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("small") / "source", **SMALL)
 
 
-@pytest.fixture(scope="session")
-def made(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`made(scheme, tp)`: the artifact of `small`, made once; scheme None is convert. Not to be changed."""
-    root = tmp_path_factory.mktemp("artifacts")
+def maker(source: Path, root: Path) -> Callable[..., Path]:
+    """`make(scheme, tp)`: the artifact of `source`, made once in `root`; scheme None is convert. Not to be changed."""
 
     def make(scheme: str | None, tp: int) -> Path:
         out = root / f"{scheme}-{tp}"
         if not out.exists():
-            _make(small, scheme, tp, out)
+            _make(source, scheme, tp, out)
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Artifacts of `small`, see `maker`."""
+    return maker(small, tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="session")
+def made_of_tiny_a(tiny_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Artifacts of the trained model, see `maker`."""
+    return maker(tiny_a, tmp_path_factory.mktemp("tiny-a"))
+
+
+@pytest.fixture
+def command(made: Callable[..., Path], small: Path, tmp_path: Path) -> Iterator[Command]:
+    """A command whose processes are gone afterwards, whatever the test found."""
+    (tmp_path / "pids").mkdir()
+    command = Command(artifact=made("w4afp8", 2), source=small, pids=tmp_path / "pids")
+    yield command
+    for pid in command.known():
+        if start_of(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _make(source: Path, scheme: str | None, tp: int, out: Path) -> None:

@@ -9,54 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mxconv.quantize.schemes import SCHEMES
 from mxconv.runtime.watch import start_of
 from mxconv.runtime.world import ALONE, World
-from mxconv.verify import Options, verify
 from tests.members import REPOSITORY, in_processes
 from tests.mutants import MUTANTS, make_base, make_source
 from tests.spoil import Folder
-
-MISCHIEF = Path(__file__).with_name("mischief.py")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-REQUEST = ("--windows", "2", "--window", "300")
-HANGS_SECONDS = 300
-"""Whoever takes as long, on however loaded a machine, hangs."""
-PROMISED_SECONDS = 30
-"""docs/verify.md: so long after one fails all have ended."""
-
-
-def plain(document: Any) -> Any:
-    """A report without what may differ: times, and how many processes there were."""
-    if isinstance(document, dict):
-        return {key: plain(value) for key, value in document.items() if key not in ("seconds", "processes")}
-    return [plain(value) for value in document] if isinstance(document, list) else document
-
-
-def reports(world: World, artifacts: list[Path], source: Path, device: str = "cpu") -> list[dict[str, Any]]:
-    """The documents of `artifacts`, in every process; with hashes, and once without a source."""
-    options = Options(source=source, windows=2, window=300, device=device)
-    found = [verify(artifact, options, world=world).document() for artifact in artifacts]
-    hashed = Options(windows=2, window=300, hash_files=True, device=device)
-    return [*found, verify(artifacts[0], hashed, world=world).document()]
+from tests.verify.together import HANGS_SECONDS, PROMISED_SECONDS, REQUEST, Command, alone, plain, reports
 
 
 def all_reports(world: World, jobs: list[tuple[list[Path], Path]]) -> list[dict[str, Any]]:
     """`reports` of several sources' artifacts."""
     return [document for artifacts, source in jobs for document in reports(world, artifacts, source)]
-
-
-def alone(artifacts: list[Path], source: Path, device: str = "cpu") -> list[dict[str, Any]]:
-    """The same by this process."""
-    return reports(ALONE, artifacts, source, device)
 
 
 def spoilt(name: str, source: Path, folder: Path) -> Path:
@@ -83,80 +53,6 @@ def test_the_report_is_the_single_ones(made: Callable[..., Path], small: Path, t
     for found in together:
         for mine, theirs in zip(found, expected, strict=True):
             assert mine["processes"] == 2 and plain(mine) == plain(theirs)
-
-
-@dataclass(slots=True, kw_only=True)
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-    pids: list[int] = field(default_factory=list)
-
-    @property
-    def left(self) -> list[int]:
-        """Processes that are still there."""
-        return [pid for pid in self.pids if start_of(pid)]
-
-
-@dataclass(slots=True, kw_only=True)
-class Command:
-    """verify of one artifact as several processes, one of which may come to grief."""
-
-    artifact: Path
-    source: Path
-    pids: Path
-
-    @property
-    def grief(self) -> Path:
-        """Holds the time at which one came to grief."""
-        return self.pids.with_name("grief")
-
-    def start(self, kind: str, rank: int, *more: str, torchrun: bool = False) -> subprocess.Popen[str]:
-        """The running command; two processes."""
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        environment |= {"MISCHIEF_PIDS": str(self.pids), "MISCHIEF_AT": str(self.grief)}
-        script = [str(MISCHIEF), kind, str(rank), "verify", str(self.artifact), "--source", str(self.source), *REQUEST, *more]
-        command = [*TORCHRUN, "2", *script] if torchrun else [sys.executable, *script, "--processes", "2"]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def run(self, kind: str, rank: int, *more: str, **how: bool) -> Outcome:
-        """The command to its end."""
-        return self.end(self.start(kind, rank, *more, **how))
-
-    def end(self, running: subprocess.Popen[str]) -> Outcome:
-        """Wait for the end; `seconds` count from when one came to grief."""
-        out, err = running.communicate(timeout=HANGS_SECONDS)
-        took = time.monotonic() - float(self.grief.read_text()) if self.grief.exists() else 0.0
-        return Outcome(code=running.returncode, out=out, err=err, seconds=took, pids=self.known())
-
-    def known(self) -> list[int]:
-        """Pids of the processes."""
-        return [int(text) for path in sorted(self.pids.iterdir()) if (text := path.read_text())]
-
-    def at_work(self, running: subprocess.Popen[str]) -> None:
-        """Wait until both processes are about to join."""
-        deadline = time.monotonic() + HANGS_SECONDS
-        while len(self.known()) < 2 and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def in_grief(self, running: subprocess.Popen[str]) -> None:
-        """Wait until one has come to grief."""
-        while running.poll() is None and not self.grief.exists():
-            time.sleep(0.05)
-
-
-@pytest.fixture
-def command(made: Callable[..., Path], small: Path, tmp_path: Path) -> Iterator[Command]:
-    """A command whose processes are gone afterwards, whatever the test found."""
-    (tmp_path / "pids").mkdir()
-    command = Command(artifact=made("w4afp8", 2), source=small, pids=tmp_path / "pids")
-    yield command
-    for pid in command.known():
-        if start_of(pid):
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_one_report_and_exit_code_0(command: Command) -> None:
@@ -299,86 +195,3 @@ def test_tiny_a(tiny_a: Path, made_of_tiny_a: Callable[..., Path], processes: in
     expected = alone(artifacts, tiny_a)
     for found in in_processes(processes, reports, artifacts, tiny_a, seconds=1200):
         assert [plain(document) for document in found] == [plain(document) for document in expected]
-
-
-@pytest.fixture(scope="session")
-def made_of_tiny_a(tiny_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`made_of_tiny_a(scheme, tp)`: an artifact of the trained model."""
-    from tests.verify.conftest import _make
-
-    root = tmp_path_factory.mktemp("tiny-a")
-
-    def make(scheme: str | None, tp: int) -> Path:
-        out = root / f"{scheme}-{tp}"
-        if not out.exists():
-            _make(tiny_a, scheme, tp, out)
-        return out
-
-    return make
-
-
-@pytest.mark.gpu
-def test_one_rank_over_nccl(made: Callable[..., Path], small: Path) -> None:
-    """One GPU: the report of the plain run on it."""
-    artifacts = [made(scheme, 1) for scheme in (None, "w4afp8")]
-    (found,) = in_processes(1, reports, artifacts, small, "cuda:0", device="cuda")
-    expected = alone(artifacts, small, "cuda:0")
-    assert [plain(document) for document in found] == [plain(document) for document in expected]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("processes", [2, 4, 8])
-def test_a_gpu_a_rank(tiny_a: Path, made_of_tiny_a: Callable[..., Path], processes: int) -> None:
-    """Every scheme over NCCL: the verdicts and exit codes of one process on one GPU, the unquantized passes to 2e-6."""
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"{processes} GPUs are needed")
-    artifacts = [made_of_tiny_a(scheme, processes) for scheme in (None, *SCHEMES)]
-    expected = alone(artifacts, tiny_a, "cuda")
-    for found in in_processes(processes, on_own_gpu, artifacts, tiny_a, device="cuda", seconds=600):
-        for mine, theirs in zip(found, expected, strict=True):
-            assert mine["ok"] == theirs["ok"] is True
-            assert mine["sections"].keys() == theirs["sections"].keys()
-            assert mine["sections"]["numerics"]["findings"] == theirs["sections"]["numerics"]["findings"] == []
-            assert mine["sections"]["parallel"]["figures"]["logits_l2"] <= 2e-6
-
-
-TWO_GPUS = ("--device", "cuda")
-
-
-@pytest.fixture
-def two_gpus() -> None:
-    """Skips where there are fewer."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("2 GPUs are needed")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("torchrun", [False, True])
-def test_one_report_over_nccl(command: Command, torchrun: bool, two_gpus: None) -> None:
-    ended = command.run("none", 0, "--json", *TWO_GPUS, torchrun=torchrun)
-    assert (ended.code, ended.left) == (0, []), ended.err
-    assert json.loads(ended.out)["processes"] == 2 and ended.err.count("verify: logits") == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "rank", "code", "words"), [
-    ("raise", 1, 6, "shard 3: the disk gave out"), ("kill", 1, 6, "rank 1 was ended by SIGKILL"),
-    ("kill", 0, 6, "rank 0 was ended by SIGKILL"), ("stop", 1, 6, "has not answered"), ("hang", 1, 6, "it hangs"),
-    ("segv", 1, 1, "SIGSEGV"), ("bug", 0, 1, "a bug in mxconv: KeyError"),
-])  # fmt: skip
-def test_grief_over_nccl_ends_all(command: Command, kind: str, rank: int, code: int, words: str, two_gpus: None) -> None:
-    ended = command.run(kind, rank, *TWO_GPUS)
-    assert (ended.code, ended.left) == (code, []), ended.err
-    assert ended.err.count(words) == 1 and 0 < ended.seconds < PROMISED_SECONDS
-
-
-@pytest.mark.gpu
-def test_a_rank_killed_over_nccl_under_torchrun_ends_all(command: Command, two_gpus: None) -> None:
-    ended = command.run("kill", 1, *TWO_GPUS, torchrun=True)
-    assert ended.code == 1 and ended.left == [] and 0 < ended.seconds < PROMISED_SECONDS
-    assert ended.out == "" and ended.err.count("ended without a word") == 1, ended.err
-
-
-def on_own_gpu(world: World, artifacts: list[Path], source: Path) -> list[dict[str, Any]]:
-    """`reports` on this process's GPU."""
-    return reports(world, artifacts, source, f"cuda:{torch.cuda.current_device()}")
