@@ -4,9 +4,10 @@
 
 Prefill: ms, and the fraction of the bandwidth floor (q, k, v read and out written once, the state once: 4·N·T·D·2 + 8·N·D²
 bytes at copy speed). Decode: µs, and states read and written at copy speed. bf16 behind SiLU, head_dim 128, one sequence; decay
-rates of a middle layer (40 of 80) of 64 heads, and where 8 heads stand for a TP-8 rank also of the last layer, which does not
-decay.
-Medians of CUDA-graph replays that rotate over more memory than the cache holds. Errors are relative L2 against float64.
+rates of a middle layer (40 of 80) of 64 heads; 8 heads stand for the fourth TP-8 rank, also with those of layer 79, which all but
+do not decay (MiniMax-M1's own last lightning layer is 78, with rates 1,267 times as large).
+Medians of CUDA-graph replays that rotate over more memory than the cache holds. Errors are relative L2 against float64 over all
+heads, beyond 16k tokens over the first and the last.
 The peer is `pip install flash-linear-attention`; without it its columns are empty.
 """
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The tests marked gpu and the command of every table in docs/gpu-figures.md, one after the other; what each prints goes to FOLDER.
 #
-#     benchmarks/on_a_gpu.sh FOLDER        some ten minutes on an H200 with 16 cores
+#     benchmarks/on_a_gpu.sh FOLDER        some ten minutes on an H200 with 16 cores (all but the last three steps: 543 s)
 #
 # PYTHON names the interpreter, WORKERS the test processes. Goes on when one fails, and ends with 1 then.
 set -u
@@ -31,5 +31,7 @@ step quantize "$python" -m benchmarks.quantize_gpu --json "$out/quantize.json"
 step make_layer "$python" benchmarks/make_layer.py "$layer/model" --experts 4
 step runs "$python" -m benchmarks.quantize_gpu --only runs --checkpoint "$layer/model" --json "$out/runs.json"
 step decode "$python" -m mxconv bench decode --shape m1-tp8 --scheme w4afp8 --device cuda
-step tensor_parallel "$python" benchmarks/tensor_parallel.py --parts layer load --json "$out/tensor_parallel.json"
+step tensor_parallel "$python" benchmarks/tensor_parallel.py --parts layer --json "$out/tensor_parallel.json"
+step load "$python" benchmarks/tensor_parallel.py --parts load --schemes none w4afp8 --model "$layer/model" --json "$out/load.json"
+step verify "$python" benchmarks/tensor_parallel.py --parts verify --schemes w4afp8 --json "$out/verify.json"
 exit $failed

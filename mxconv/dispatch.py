@@ -78,17 +78,21 @@ def _importable() -> bool:
     return find_spec("triton") is not None
 
 
+def chosen(environ: Mapping[str, str]) -> str | None:
+    """What `MXCONV_KERNELS` says, None where it is unset. Raises UsageError for what it cannot be."""
+    choice = environ.get(VARIABLE) or None
+    if choice is not None and choice not in CHOICES:
+        raise UsageError(f"unknown {VARIABLE}", expected=" or ".join(CHOICES), got=choice)
+    return choice
+
+
 def triton_wanted(operation: str, device: torch.device, dtype: torch.dtype, **shape: int) -> bool:
     """Whether `operation` runs as a kernel for values of `dtype` on `device`; `shape` is what its rule asks about.
 
     Raises UsageError for an unknown `MXCONV_KERNELS`, and under `triton` where the operation has no kernel.
     """
-    choice = os.environ.get(VARIABLE) or None
-    if choice is None and device.type != "cuda":
-        return False
-    if choice is not None and choice not in CHOICES:
-        raise UsageError(f"unknown {VARIABLE}", expected=" or ".join(CHOICES), got=choice)
-    if choice == "torch":
+    choice = chosen(os.environ)
+    if choice == "torch" or (choice is None and device.type != "cuda"):
         return False
     rule, name = RULES[operation], str(dtype).removeprefix("torch.")
     able = device.type == "cuda" and _importable() and name in rule.dtypes and rule.fits(shape)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from mxconv import parsing
+from mxconv import dispatch, parsing
 from mxconv.errors import MxconvError, UsageError, printable, raise_all
 from mxconv.jsonfiles import read_regular
 from mxconv.parsing import Rejected
@@ -172,6 +172,10 @@ def resolve(
     sources: dict[str, str] = {}
     for name, setting in SETTINGS.items():
         values[name], sources[name] = _settle(setting, places, problems)
+    try:
+        dispatch.chosen(environ)  # now, not when a first operation asks: verify reads for hours before
+    except UsageError as unknown:
+        problems.append(unknown)
     raise_all(problems)
     return Settings(**values, sources=MappingProxyType(sources), notes=_unknown_variables(environ))
 

@@ -119,6 +119,11 @@ def test_an_unknown_variable_is_noted(tmp_path):
     assert settings.notes == ("environment variable MXCONV_MEMROY is not one that mxconv reads; did you mean MXCONV_MEMORY?",)
 
 
+def test_a_choice_of_kernels_that_there_is_not(tmp_path):
+    with pytest.raises(UsageError, match="unknown MXCONV_KERNELS"):
+        settle(tmp_path, "", {"MXCONV_KERNELS": "cuda"})
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

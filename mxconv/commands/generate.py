@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxconv.commands.common import PATH, options, session
+from mxconv.draw import plural
 from mxconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class Pace:
     def tell(self, model: Model, console: Console) -> dict[str, float | None]:
         """Say it in a note, and give it for JSON; seconds, tokens and bytes a second."""
         first = self.came[0] - self.began if self.came else None
-        words = f"{len(self.came)} tokens after {self.prompt_tokens}" + ("" if first is None else f": the first in {first:.2f} s")
+        words = f"{plural(len(self.came), 'token')} after {self.prompt_tokens}"
+        words += "" if first is None else f": the first in {first:.2f} s"
         rates: dict[str, float | None] = {"first_token_seconds": first, "tokens_per_second": None, "bytes_per_second": None}
         step = self.step_seconds
         if not step:

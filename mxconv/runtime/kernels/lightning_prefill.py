@@ -9,10 +9,10 @@ Accuracy, relative L2 against float64 over all heads of a layer (q, k, v behind 
     outputs     bf16 ≤ 2e-3, of which its own rounding is 1.7e-3; fp16 ≤ 5e-4, its own rounding; float32 ≤ 2e-6
     states      float32 and fp16 ≤ 2e-6; bf16 by the Hopper kernel (head_dim 64 or 128, 64 rows or more) ≤ 1e-3, else ≤ 1.5e-3
 
-In bf16 scores are rounded: a head that decays within a token has outputs 2.4e-3 off, a rank that holds the eight fastest heads
-2.3e-3. What decays by less than a bf16 step stays as it is: by an emulation states of segments that hardly decay may be 1.1e-3 off
-(6.5e-4 measured). The state, decay factors and sums are float32. In 10⁶ tokens without any decay the matrix unit's truncating
-sums reach 1e-3.
+In bf16 single heads, and TP ranks whose heads are alike, may be further off. Scores are rounded: a head that decays within a token
+has outputs 2.4e-3 off, a rank of fast heads 2.3e-3. What decays by less than a bf16 step stays as it is: where a chunk, or a
+segment, decays by a few thousandths in all, states may be 1.2e-3 off (by an emulation; 6.5e-4 were measured). The state, decay
+factors and sums are float32. In 10⁶ tokens without any decay the matrix unit's truncating sums reach 1e-3.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class _Call:
         )  # fmt: skip
 
     def run_states(self, launch: Launch) -> Tensor:
-        """What each segment leaves behind, but those of the last program: float32 [S, N, segments, D, D]."""
+        """What each segment leaves behind, where a program reads it: float32 [S, N, segments, D, D]."""
         from mxconv.runtime.kernels.lightning_chunks import lightning_states
 
         packed = self.packed

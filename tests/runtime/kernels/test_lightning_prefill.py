@@ -104,8 +104,13 @@ def test_small_segments_look_back() -> None:
 @interpreted
 @pytest.mark.parametrize("masked", [False, True])
 def test_small_states_that_nobody_reads_are_left_out(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two programs of two segments: a head that decays fast needs the last of the first program alone, a slow one both."""
-    case = draw([512], 2, 16, torch.float32, "cpu", rates=[1e-3, 2.0])
+    """Two programs of two segments: a head that decays fast needs the last of the first program alone, a slow one both.
+
+    Three heads decay by nearly e^-reach, and by just that, in a segment of 128 tokens.
+    """
+    reach = prefill_module.REACH[torch.float32]
+    rates = [1e-3, 2.0, reach / 129, reach / 127, reach / 128]
+    case = draw([512], len(rates), 16, torch.float32, "cpu", rates=rates)
     if masked:
         case.mask = torch.rand(512, generator=torch.Generator().manual_seed(3)) > 0.3
     kept = []
@@ -123,7 +128,9 @@ def test_small_states_that_nobody_reads_are_left_out(masked: bool, monkeypatch: 
     monkeypatch.undo()
     want, want_states = expected(case, started=False)
     assert error(out[0], want) <= 4e-6 and error(states, want_states) <= 4e-6
-    assert kept[0][0].isnan().all(-1).all(-1).tolist() == [[False, False, True, True], [True, False, True, True]]
+    left_out = kept[0][0].isnan().all(-1).all(-1)
+    assert left_out[:, 1:].tolist() == [[False, True, True]] * len(rates)  # the last program's are nobody's
+    assert left_out[:, 0].tolist() == [False, True, False, not masked, False]  # padding does not decay
 
 
 def backwards(*bounds: int) -> range:
@@ -188,8 +195,9 @@ def test_both_output_kernels(size: int, dtype: torch.dtype, segments: int) -> No
 @pytest.mark.parametrize(("heads", "layer", "bars"), [
     (slice(None), 0, WHOLE), (slice(None), 40, WHOLE), (slice(24, 32), 40, WHOLE), (slice(24, 32), 79, WHOLE),
     (slice(0, 8), 0, HOPPER),  # a rank whose heads decay within a few tokens: a rounded score has no others to cancel with
+    (slice(56, 64), 78, HOPPER),  # of M1's last lightning layer: a chunk decays by less than a bf16 step
 ])  # fmt: skip
-@pytest.mark.parametrize("tokens", [4096, 4097])
+@pytest.mark.parametrize("tokens", [64, 128, 4096, 4097])
 def test_a_layer_of_minimax_m1(heads: slice, layer: int, bars: tuple[float, float], tokens: int) -> None:
     rates = decay_rates(64, layer, 80)[heads]
     case = draw([tokens], len(rates), 128, torch.bfloat16, "cuda", rates=rates)
