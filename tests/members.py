@@ -43,6 +43,15 @@ def in_processes(count: int, function: Callable[..., Any], *arguments: Any, seco
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(count)]
 
 
+def need_gpus(count: int) -> None:
+    """Skip the test where there are fewer."""
+    import pytest
+    import torch
+
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"{count} GPUs are needed")
+
+
 def _member(folder: str) -> None:
     import importlib
 

@@ -26,7 +26,7 @@ from mxconv.runtime.parallel import LocalRanks, ranks_of
 from mxconv.runtime.processes import _meet, device_of
 from mxconv.runtime.watch import Watch
 from mxconv.runtime.world import ALONE, World
-from tests.members import in_processes
+from tests.members import in_processes, need_gpus
 from tests.oracle.fastdeploy_writer import write_artifact
 from tests.runtime.helpers import QUANTIZABLE, error, gathered_absmax, split_call
 from tests.synthetic import make_checkpoint, random_ids
@@ -273,8 +273,7 @@ def test_one_rank_over_nccl(source: Path, written: Callable[[str | None, int], P
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_ranks_over_nccl(source: Path, written: Callable[[str | None, int], Path], processes: int) -> None:
     """A GPU a rank: the single-process run to what float32 sums in another order differ by, the same bits in every process."""
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"{processes} GPUs are needed")
+    need_gpus(processes)
     tp = min(processes, 4)
     artifacts = {str(name): written(name, tp) for name in (None, *SCHEMES)} if processes <= 4 else {}
     if not artifacts:

@@ -12,10 +12,11 @@ import torch
 
 from mxconv.quantize.schemes import SCHEMES
 from mxconv.runtime.world import World
-from tests.members import in_processes
+from tests.members import in_processes, need_gpus
 from tests.verify.together import PROMISED_SECONDS, Command, alone, plain, reports
 
 pytestmark = pytest.mark.gpu
+ON_GPUS = ("--device", "cuda")
 
 
 def test_one_rank_over_nccl(made: Callable[..., Path], small: Path) -> None:
@@ -29,8 +30,7 @@ def test_one_rank_over_nccl(made: Callable[..., Path], small: Path) -> None:
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_a_gpu_a_rank(tiny_a: Path, made_of_tiny_a: Callable[..., Path], processes: int) -> None:
     """Every scheme over NCCL: the verdicts and exit codes of one process on one GPU, the unquantized passes to 2e-6."""
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"{processes} GPUs are needed")
+    need_gpus(processes)
     artifacts = [made_of_tiny_a(scheme, processes) for scheme in (None, *SCHEMES)]
     expected = alone(artifacts, tiny_a, "cuda")
     for found in in_processes(processes, on_own_gpu, artifacts, tiny_a, device="cuda", seconds=600):
@@ -41,19 +41,15 @@ def test_a_gpu_a_rank(tiny_a: Path, made_of_tiny_a: Callable[..., Path], process
             assert mine["sections"]["parallel"]["figures"]["logits_l2"] <= 2e-6
 
 
-TWO_GPUS = ("--device", "cuda")
-
-
 @pytest.fixture
 def two_gpus() -> None:
     """Skips where there are fewer."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("2 GPUs are needed")
+    need_gpus(2)
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_one_report_over_nccl(command: Command, torchrun: bool, two_gpus: None) -> None:
-    ended = command.run("none", 0, "--json", *TWO_GPUS, torchrun=torchrun)
+    ended = command.run("none", 0, "--json", *ON_GPUS, torchrun=torchrun)
     assert (ended.code, ended.left) == (0, []), ended.err
     assert json.loads(ended.out)["processes"] == 2 and ended.err.count("verify: logits") == 1
 
@@ -64,13 +60,13 @@ def test_one_report_over_nccl(command: Command, torchrun: bool, two_gpus: None) 
     ("segv", 1, 1, "SIGSEGV"), ("bug", 0, 1, "a bug in mxconv: KeyError"),
 ])  # fmt: skip
 def test_grief_over_nccl_ends_all(command: Command, kind: str, rank: int, code: int, words: str, two_gpus: None) -> None:
-    ended = command.run(kind, rank, *TWO_GPUS)
+    ended = command.run(kind, rank, *ON_GPUS)
     assert (ended.code, ended.left) == (code, []), ended.err
     assert ended.err.count(words) == 1 and 0 < ended.seconds < PROMISED_SECONDS
 
 
 def test_a_rank_killed_over_nccl_under_torchrun_ends_all(command: Command, two_gpus: None) -> None:
-    ended = command.run("kill", 1, *TWO_GPUS, torchrun=True)
+    ended = command.run("kill", 1, *ON_GPUS, torchrun=True)
     assert ended.code == 1 and ended.left == [] and 0 < ended.seconds < PROMISED_SECONDS
     assert ended.out == "" and ended.err.count("ended without a word") == 1, ended.err
 

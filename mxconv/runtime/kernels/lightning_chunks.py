@@ -11,8 +11,8 @@ rounds to 1 - 2⁻²⁴ would otherwise be off by the same rounding in each of 1
 
 A segment's start needs the state behind all tokens before it. `lightning_states` writes what each segment alone leaves
 (`local_states` [S, N, segments, D, D]), and a program of `lightning_outputs`, which takes `PARTS` segments, sums the decayed states
-before its own. Tokens whose decay to the segment's end is below e^-`reach` are left out of both: heads that decay fast read only
-a short halo twice.
+before its own. Tokens that have decayed below e^-`reach` where that program starts are left out of both: heads that decay fast read
+only a short halo twice.
 
 Tiles that pass through registers are multiplied as float32 (tf32 keeps every bit of two-byte values): triton 3.6 multiplies a
 two-byte tile wrongly, or faults, where it comes from registers and is transposed. So two-byte tiles must be copied as they are,
